@@ -1,0 +1,262 @@
+"""The decoder: embedding, blocks of attention and feed-forward, a head.
+
+Pre-norm residual blocks with RMSNorm, grouped-query attention with rotary position, SwiGLU. What differs between the
+Llama, SmolLM3 and Qwen3 families is a field of `ModelConfig`, not a class. The matrices that read the same input are
+one parameter (`qkv`, `gate_up`): fewer, larger multiplications; `hugging_face.py` splits them for checkpoints. dtype,
+compilation and sharding are applied from outside; float32 without autocast is the reference.
+
+Source: Llama (arXiv 2302.13971), GQA (arXiv 2305.13245), SwiGLU (arXiv 2002.05202), RMSNorm (arXiv 1910.07467),
+NoPE (arXiv 2501.18795).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nurture.model.attention import attention, masked_attention
+from nurture.model.config import ModelConfig
+from nurture.model.heads import cross_entropy_sum, label_logprobs, lm_logits, scalar_values
+from nurture.model.rope import rotate, rotation_frequencies, rotation_tables
+
+
+class Cache(Protocol):
+    """What cached decoding needs of `kv_cache.KVCache`: the keys and values of the tokens already seen."""
+
+    def update(
+        self, layer_index: int, k_BTKH: Tensor, v_BTKH: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append T tokens to a layer; return all S keys and values (B, S, K, H) and a bool mask for (B, N, T, S)."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square of the last dimension, in float32, then scale by a learned weight."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` normalised, same shape and dtype."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * normed.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention of one block: project, normalise (qk_norm), rotate, attend, project back."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
+        self.rotates = config.rotates(layer)
+        # Rows: all query heads, then key heads, then value heads.
+        self.qkv = nn.Linear(
+            config.width, (config.heads + 2 * config.kv_heads) * config.head_width, bias=False
+        )
+        self.out = nn.Linear(config.heads * config.head_width, config.width, bias=False)
+        self.q_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
+
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, document_ids: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """Return what attention adds to the residual stream, (B, T, D)."""
+        heads = self.qkv(x_BTD).unflatten(-1, (-1, self.head_width))
+        v_BTKH = heads[:, :, self.heads + self.kv_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH = self.q_norm(heads[:, :, : self.heads])
+            k_BTKH = self.k_norm(heads[:, :, self.heads : self.heads + self.kv_heads])
+            if self.rotates:
+                q_BTNH, k_BTKH = rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin)
+        else:
+            qk = heads[:, :, : self.heads + self.kv_heads]
+            if self.rotates:
+                qk = rotate(qk, cos, sin)
+            q_BTNH, k_BTKH = qk.split((self.heads, self.kv_heads), dim=2)
+        if cache is None:
+            attended_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, document_ids)
+        else:
+            keys, values, mask = cache.update(self.layer, k_BTKH, v_BTKH)
+            attended_BTNH = masked_attention(q_BTNH, keys, values, mask)
+        return self.out(attended_BTNH.flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: a gate decides how much of each feature passes."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        # Rows: gate, then up.
+        self.gate_up = nn.Linear(config.width, 2 * config.ffn_width, bias=False)
+        self.down = nn.Linear(config.ffn_width, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return what the feed-forward adds to the residual stream, (B, T, D)."""
+        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each on the normalised residual stream and added to it."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Return the residual stream after this layer, (B, T, D)."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, document_ids, cache)
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """A decoder with one head.
+
+    Attributes:
+        config: the shape.
+        head: "lm" predicts the next token; "scalar" gives one number a token (reward, value).
+        checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, config: ModelConfig, head: Literal["lm", "scalar"] = "lm") -> None:
+        """Build with fresh weights drawn from torch's global generator."""
+        super().__init__()
+        self.config = config
+        self.head = head
+        self.checkpoint_activations = False
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.final_norm = RMSNorm(config.width, config.norm_epsilon)
+        self.output: nn.Linear | None = None
+        if head == "scalar":
+            self.output = nn.Linear(config.width, 1, bias=False)
+        elif not config.tied_embeddings:
+            self.output = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.register_buffer("frequencies", torch.empty(config.head_width // 2), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw fresh weights; also what a model moved off the meta device needs before loading or training."""
+        self.reset_rotation()
+        std, residual_std = self.config.init_std, self.config.init_std / (2 * self.config.layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                writes_residual = name.endswith(("attention.out.weight", "ffn.down.weight"))
+                parameter.normal_(std=residual_std if writes_residual else std)
+        if self.head == "scalar" and self.output is not None:
+            self.reset_scalar_head()
+
+    @torch.no_grad()
+    def reset_scalar_head(self) -> None:
+        """Draw a fresh scalar head, std 1 / sqrt(D + 1) (Stiennon et al., arXiv 2009.01325, appendix B)."""
+        if self.output is not None:
+            self.output.weight.normal_(std=(self.config.width + 1) ** -0.5)
+
+    @torch.no_grad()
+    def reset_rotation(self) -> None:
+        """Recompute the rotation frequencies, which are not part of a checkpoint."""
+        frequencies, self.rotation_scale = rotation_frequencies(self.config)
+        if not self.frequencies.is_meta:
+            self.frequencies.copy_(frequencies)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix of the head: (V, D), or (1, D) for a scalar head."""
+        return self.embedding.weight if self.output is None else self.output.weight
+
+    def hidden_states(
+        self,
+        token_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Return the normalised residual stream after the last block, (B, T, D). Arguments as in `forward`."""
+        if position_ids is None:
+            position_ids = default_position_ids(token_ids, document_ids, cache)
+        cos, sin = rotation_tables(position_ids, self.frequencies, self.rotation_scale)
+        x_BTD = self.embedding(token_ids)
+        for block in self.blocks:
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, cos, sin, document_ids, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, cos, sin, document_ids, cache)
+        return self.final_norm(x_BTD)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
+        reduction: Literal["none", "sum"] = "none",
+        temperature: float = 1.0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run the model; with `labels`, score them here so that the head's weight is used inside `forward`.
+
+        Args:
+            token_ids: (B, T) int64.
+            position_ids: (B, T) or (1, T); default: 0, 1, 2 ... restarting in every document.
+            document_ids: (B, T); attention stays inside equal ids. Padding has an id of its own (-1).
+            cache: keys and values of earlier tokens; `token_ids` are then the tokens that follow them.
+            labels: (B, T) `token_ids` shifted left by one, `IGNORE_INDEX` where untrained.
+            reduction: with labels: "none" for logprobs, "sum" for the summed loss.
+            temperature: divides the logits before the softmax of the logprobs.
+
+        Returns:
+            No labels: logits (B, T, V) float32; with a scalar head (B, T) float32.
+            Labels, "none": logprobs of the labels (B, T) float32 nats, 0 where `IGNORE_INDEX`.
+            Labels, "sum": (() float32 sum of -logprob with gradient, (B, T) float32 detached).
+        """
+        hidden_BTD = self.hidden_states(
+            token_ids, position_ids=position_ids, document_ids=document_ids, cache=cache
+        )
+        if self.head == "scalar":
+            if labels is not None:
+                raise ValueError("labels were given to a model with a scalar head")
+            return scalar_values(hidden_BTD, self.output_weight)
+        if labels is None:
+            return lm_logits(hidden_BTD, self.output_weight)
+        if reduction == "sum":
+            if temperature != 1.0:
+                raise ValueError(f"reduction 'sum' has no temperature, got {temperature}")
+            return cross_entropy_sum(hidden_BTD, self.output_weight, labels)
+        return label_logprobs(hidden_BTD, self.output_weight, labels, temperature)
+
+
+def default_position_ids(token_ids: Tensor, document_ids: Tensor | None, cache: Cache | None) -> Tensor:
+    """Return positions counted from the start of each document, (B, T), or from the row's start, (1, T)."""
+    columns = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
+    if cache is not None:
+        raise ValueError("cached decoding needs position_ids")
+    if document_ids is None:
+        return columns
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return columns - torch.where(starts, columns, 0).cummax(dim=1).values

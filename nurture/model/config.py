@@ -17,6 +17,9 @@ from nurture.recipe import Section
 
 Family = Literal["llama", "smollm3", "qwen3"]
 
+# Not validated: `_fill_in` replaces it, and where it cannot, an earlier field is reported already.
+_FILLED_IN: Any = Field(default=None, validate_default=False)
+
 
 class YarnConfig(Section):
     """YaRN: reach past the trained length by slowing the slow rotations (arXiv 2309.00071)."""
@@ -42,7 +45,7 @@ class YarnConfig(Section):
 
 
 class ModelConfig(Section):
-    """The shape of a decoder. What a family fixes is filled in: `qk_norm` by qwen3, `nope_every` 4 by smollm3."""
+    """The shape of a decoder."""
 
     family: Family = "llama"
     """Checkpoint layout, and what the layers may contain."""
@@ -54,11 +57,11 @@ class ModelConfig(Section):
     """Number of blocks."""
     heads: PositiveInt = 4
     """Query heads (N)."""
-    kv_heads: PositiveInt
+    kv_heads: PositiveInt = _FILLED_IN
     """Key/value heads (K), a divisor of `heads`; default: as many as `heads`."""
-    head_width: PositiveInt
+    head_width: PositiveInt = _FILLED_IN
     """Width of one head (H), even; default: width / heads."""
-    ffn_width: PositiveInt
+    ffn_width: PositiveInt = _FILLED_IN
     """Width inside the feed-forward (F); default: 8/3 of the width, rounded up to a multiple of 64."""
     max_position: PositiveInt = 2048
     """Longest sequence the model is meant for, in tokens."""
@@ -67,9 +70,9 @@ class ModelConfig(Section):
     yarn: YarnConfig | None = None
     """Stretched rotations for sequences past the trained length."""
     nope_every: PositiveInt | None = None
-    """Layer i has no rotation where (i + 1) % nope_every == 0 (smollm3 only)."""
+    """Layer i has no rotation where (i + 1) % nope_every == 0 (smollm3 only, there 4 by default)."""
     qk_norm: bool = False
-    """Normalise each query and key head (qwen3 only)."""
+    """Normalise each query and key head (exactly in qwen3)."""
     tied_embeddings: bool = True
     """Use the embedding matrix as the output matrix as well."""
     norm_epsilon: PositiveFloat = 1e-6
@@ -80,19 +83,19 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, data: Any) -> Any:
+        """Set what follows from other fields: by the width and heads, and by what the family fixes."""
         if not isinstance(data, dict):
             return data
         filled = {"width": 256, "heads": 4, **data}
         width, heads = filled["width"], filled["heads"]
-        if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        if isinstance(heads, int):
             filled.setdefault("kv_heads", heads)
-            if "head_width" not in filled:
-                if width % heads:
-                    raise ValueError(
-                        f"width ({width}) must be a multiple of heads ({heads}), or give head_width"
-                    )
-                filled["head_width"] = width // heads
-            filled.setdefault("ffn_width", -(-width * 8 // 3 // 64) * 64)
+        if isinstance(width, int):
+            filled.setdefault("ffn_width", -(-width * 8 // (3 * 64)) * 64)
+        if isinstance(width, int) and isinstance(heads, int) and heads > 0 and "head_width" not in filled:
+            if width % heads:
+                raise ValueError(f"width ({width}) must be a multiple of heads ({heads}), or give head_width")
+            filled["head_width"] = width // heads
         if filled.get("family") == "smollm3":
             filled.setdefault("nope_every", 4)
         if filled.get("family") == "qwen3":

@@ -11,6 +11,7 @@ NoPE (arXiv 2501.18795).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -136,8 +137,6 @@ class Transformer(nn.Module):
         checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
     """
 
-    frequencies: Tensor
-
     def __init__(self, config: ModelConfig, head: Literal["lm", "scalar"] = "lm") -> None:
         """Build with fresh weights drawn from torch's global generator."""
         super().__init__()
@@ -152,13 +151,12 @@ class Transformer(nn.Module):
             self.output = nn.Linear(config.width, 1, bias=False)
         elif not config.tied_embeddings:
             self.output = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.register_buffer("frequencies", torch.empty(config.head_width // 2), persistent=False)
+        self.reset_rotation()
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw fresh weights; also what a model moved off the meta device needs before loading or training."""
-        self.reset_rotation()
+        """Draw fresh weights from torch's global generator."""
         std, residual_std = self.config.init_std, self.config.init_std / (2 * self.config.layers) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -175,12 +173,16 @@ class Transformer(nn.Module):
         if self.output is not None:
             self.output.weight.normal_(std=(self.config.width + 1) ** -0.5)
 
-    @torch.no_grad()
     def reset_rotation(self) -> None:
-        """Recompute the rotation frequencies, which are not part of a checkpoint."""
+        """Recompute the rotation frequencies, which are no part of a checkpoint."""
         frequencies, self.rotation_scale = rotation_frequencies(self.config)
-        if not self.frequencies.is_meta:
-            self.frequencies.copy_(frequencies)
+        self.frequencies = frequencies.to(self.embedding.weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
+        """Move or cast the weights; the frequencies follow to the device but stay float32, also off the meta device."""
+        super()._apply(fn, recurse)
+        self.reset_rotation()
+        return self
 
     @property
     def output_weight(self) -> Tensor:

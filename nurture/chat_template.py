@@ -1,0 +1,373 @@
+"""Chat templates: a conversation as text, and which part of that text the assistant wrote.
+
+A conversation is rendered by a jinja template that travels with the checkpoint, in the same sandbox and with the
+same helpers transformers uses, so templates of other model families work unchanged. The text inside
+`{% generation %} ... {% endgeneration %}` is what the assistant wrote; the loss mask of supervised fine-tuning is
+taken from there and nowhere else. For templates without that tag `generation_spans` falls back to comparing
+prefixes, which is exact or refused, never a guess.
+
+Text inside a message must not be able to forge control tokens ("<|im_end|>" typed by a user). Before rendering,
+control strings inside messages are broken by a guard character; the tokenizer splits the text at the control
+strings that are left, which only the template can have written, and then removes the guard.
+
+This module knows strings only, no token ids. Format: ChatML; the generation tag is from transformers'
+`apply_chat_template(return_assistant_tokens_mask=True)`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from itertools import islice
+from typing import Any, Protocol
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from nurture.errors import NurtureError, did_you_mean
+from nurture.types import Message
+
+ROLES = ("system", "user", "assistant", "tool", "developer", "ipython")
+
+ASSISTANT_MAY_WRITE = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+"""Control strings that stay control tokens inside an assistant's own content."""
+
+CHATML = """\
+{#- ChatML: every turn is <|im_start|>role, a newline, the content, <|im_end|> and a newline. -#}
+{%- for message in messages -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- '<|im_start|>assistant\\n' -}}
+        {%- generation -%}
+            {%- if message['reasoning_content'] -%}
+                {{- '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n' -}}
+            {%- endif -%}
+            {{- message['content'] or '' -}}
+            {%- for call in message['tool_calls'] or [] -%}
+                {%- set function = call['function'] or call -%}
+                {{- '\\n' if not loop.first or message['content'] else '' -}}
+                {{- '<tool_call>\\n{"name": ' + (function['name'] | tojson) + ', "arguments": ' -}}
+                {%- if function['arguments'] is string -%}
+                    {{- function['arguments'] -}}
+                {%- else -%}
+                    {{- function['arguments'] | tojson -}}
+                {%- endif -%}
+                {{- '}\\n</tool_call>' -}}
+            {%- endfor -%}
+            {{- '<|im_end|>' -}}
+        {%- endgeneration -%}
+        {{- '\\n' -}}
+    {%- else -%}
+        {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+
+def chatml_template(start: str = "<|im_start|>", end: str = "<|im_end|>") -> str:
+    """Return our template with other turn markers, for tokenizers that have no ChatML tokens."""
+    return CHATML.replace("<|im_start|>", start).replace("<|im_end|>", end)
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A rendered conversation.
+
+    Attributes:
+        text: the rendered text, still holding `guard` inside control strings that messages contained.
+        spans: [start, end) character ranges of `text` that the assistant wrote.
+        guard: the character to remove after splitting at control tokens.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    guard: str
+
+    @property
+    def plain_text(self) -> str:
+        """The text as a reader sees it, without guards."""
+        return self.text.replace(self.guard, "")
+
+
+def validate_messages(messages: Sequence[Mapping[str, Any]], where: str = "conversation") -> None:
+    """Check that `messages` is a list of turns with a known role and string content.
+
+    Raises:
+        NurtureError: naming the index of the first bad message.
+    """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise NurtureError(
+            f"{where}: messages must be a list of {{role, content}}, got {type(messages).__name__}"
+        )
+    if not messages:
+        raise NurtureError(f"{where}: messages is empty, at least one turn is needed")
+    for index, message in enumerate(messages):
+        _validate_message(message, f"{where}: messages[{index}]")
+
+
+def _validate_message(message: Any, place: str) -> None:
+    if not isinstance(message, Mapping):
+        raise NurtureError(f"{place} must be an object {{role, content}}, got {type(message).__name__}")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise NurtureError(
+            f"{place}.role must be one of {', '.join(ROLES)}, got {role!r}.{did_you_mean(str(role), ROLES)}"
+        )
+    if message.get("content") is None and message.get("tool_calls"):
+        return
+    if "content" not in message:
+        raise NurtureError(
+            f"{place} has no content, only {sorted(map(str, message))}.{did_you_mean('content', map(str, message))}"
+        )
+    if not isinstance(message["content"], str):
+        raise NurtureError(f"{place}.content must be a string, got {type(message['content']).__name__}")
+    reasoning = message.get("reasoning_content")
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise NurtureError(f"{place}.reasoning_content must be a string, got {type(reasoning).__name__}")
+
+
+def render_chat(
+    template: str,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    control_strings: Iterable[str] = (),
+    variables: Mapping[str, Any] | None = None,
+) -> RenderedChat:
+    """Render `messages` with a jinja chat template.
+
+    Args:
+        template: jinja source.
+        add_generation_prompt: end with the header of an assistant turn.
+        control_strings: the tokenizer's control tokens; guarded inside message text.
+        variables: further template variables (bos_token, tools, enable_thinking, ...).
+
+    Raises:
+        NurtureError: a message is malformed, or the template is broken or refuses the conversation.
+    """
+    validate_messages(messages)
+    guard, opening, closing = tuple(_unused_characters(messages, variables))
+    forbidden = _alternatives(tuple(control_strings))
+    assistant_forbidden = _alternatives(tuple(s for s in control_strings if s not in ASSISTANT_MAY_WRITE))
+    guarded = [
+        _guard(message, assistant_forbidden if message["role"] == "assistant" else forbidden, guard)
+        for message in messages
+    ]
+    scope = {"tools": None, "documents": None, **(variables or {})}
+    marked = _run_template(template, guarded, add_generation_prompt, opening + closing, scope)
+    text, spans = _take_spans(marked, opening, closing)
+    return RenderedChat(text, spans, guard)
+
+
+def has_generation_tag(template: str) -> bool:
+    """Return whether the template marks what the assistant wrote."""
+    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
+
+
+def generation_spans(
+    template: str,
+    messages: Sequence[Message],
+    end_of_turn: str,
+    *,
+    control_strings: Iterable[str] = (),
+    variables: Mapping[str, Any] | None = None,
+) -> RenderedChat:
+    """Render `messages` and find the assistant's spans, also for templates without `{% generation %}`.
+
+    Without the tag, the span of assistant turn i is what `messages[:i+1]` adds to `messages[:i]` plus the generation
+    prompt, up to and including `end_of_turn`. That is exact whenever both are prefixes of the full text, which is
+    checked.
+
+    Raises:
+        NurtureError: the template rewrites earlier turns, so that no exact mask can be derived from it.
+    """
+    control = tuple(control_strings)
+    full = render_chat(template, messages, control_strings=control, variables=variables)
+    if has_generation_tag(template):
+        return full
+    remedy = (
+        "the chat template has no {% generation %} tag and the assistant's tokens cannot be found exactly without it"
+        " ({}). Add {% generation %} ... {% endgeneration %} around the assistant's content and its end token in"
+        " chat_template.jinja."
+    )
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if index == 0:
+            raise NurtureError(remedy.replace("({})", "(the conversation starts with an assistant turn)"))
+        prompt = render_chat(
+            template,
+            messages[:index],
+            add_generation_prompt=True,
+            control_strings=control,
+            variables=variables,
+        ).plain_text
+        turn = render_chat(
+            template, messages[: index + 1], control_strings=control, variables=variables
+        ).plain_text
+        end = turn.rfind(end_of_turn) + len(end_of_turn)
+        consistent = turn.startswith(prompt) and end > len(prompt) and full.plain_text.startswith(turn[:end])
+        if not consistent or end_of_turn not in turn[len(prompt) :]:
+            raise NurtureError(
+                remedy.replace("({})", f"(it renders messages[{index}] differently in context)")
+            )
+        spans.append((len(prompt), end))
+    return RenderedChat(full.text, tuple(_guarded_spans(full, spans)), full.guard)
+
+
+def mask_view(tokenizer: MaskingTokenizer, messages: Sequence[Message], **template_kwargs: Any) -> str:
+    """Return the conversation as rich markup: trained tokens green, the others dim, control tokens reversed."""
+    from rich.markup import escape
+
+    token_ids, completion_mask = tokenizer.encode_conversation(messages, **template_kwargs)
+    parts: list[str] = []
+    for trained, group in _runs(completion_mask):
+        text = tokenizer.decode([token_ids[position] for position in group])
+        parts.append(f"[{'bold green' if trained else 'dim'}]{escape(text)}[/]")
+    share = sum(completion_mask) / max(1, len(token_ids))
+    summary = f"{sum(completion_mask)} of {len(token_ids)} tokens trained ({share:.0%})"
+    return "".join(parts) + f"\n[italic]{summary}[/]"
+
+
+class MaskingTokenizer(Protocol):
+    """What `mask_view` needs of a tokenizer."""
+
+    def encode_conversation(self, messages: Sequence[Message], **kw: Any) -> tuple[list[int], list[bool]]: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str: ...
+
+
+# ---- jinja ----------------------------------------------------------------------------------------------------
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %} body {% endgeneration %}`: the body between two marker characters."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        markers = jinja2.nodes.Name("__generation_markers__", "load")
+        call = self.call_method("_mark", [markers])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _mark(self, markers: str, caller: Any) -> str:
+        return markers[0] + caller() + markers[1]
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+@lru_cache(maxsize=32)
+def _compile(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment.from_string(template)
+
+
+def _run_template(
+    template: str, messages: list[Any], add_generation_prompt: bool, markers: str, scope: Mapping[str, Any]
+) -> str:
+    try:
+        return _compile(template).render(
+            **{
+                **scope,
+                "messages": messages,
+                "add_generation_prompt": add_generation_prompt,
+                "__generation_markers__": markers,
+            }
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise NurtureError(f"chat template, line {error.lineno}: {error.message}") from error
+    except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise NurtureError(f"the chat template does not accept this conversation: {error}") from error
+
+
+def _take_spans(marked: str, opening: str, closing: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Remove the markers and return where they were. An inner pair of nested tags adds nothing."""
+    pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
+    length = depth = start = 0
+    for piece in re.split(f"([{opening}{closing}])", marked):
+        if piece == opening:
+            start = length if depth == 0 else start
+            depth += 1
+        elif piece == closing:
+            depth -= 1
+            if depth == 0:
+                spans.append((start, length))
+        else:
+            pieces.append(piece)
+            length += len(piece)
+    return "".join(pieces), tuple(spans)
+
+
+# ---- guards ---------------------------------------------------------------------------------------------------
+
+
+def _unused_characters(messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None) -> str:
+    """Return three characters that occur nowhere in the conversation (Unicode noncharacters if possible)."""
+    used = json.dumps([list(messages), variables], ensure_ascii=False, default=str)
+    candidates = (
+        chr(code) for start, end in ((0xFDD0, 0xFDF0), (0xE000, 0xF900)) for code in range(start, end)
+    )
+    free = "".join(islice((character for character in candidates if character not in used), 3))
+    if len(free) < 3:
+        raise NurtureError("the conversation uses every private Unicode character; it is not text")
+    return free
+
+
+@lru_cache(maxsize=64)
+def _alternatives(strings: tuple[str, ...]) -> re.Pattern[str] | None:
+    if not strings:
+        return None
+    return re.compile("|".join(re.escape(s) for s in sorted(strings, key=len, reverse=True)))
+
+
+def _guard(value: Any, forbidden: re.Pattern[str] | None, guard: str) -> Any:
+    """Return `value` with every control string in it broken after its first character."""
+    if forbidden is None:
+        return value
+    if isinstance(value, str):
+        return forbidden.sub(lambda match: match[0][0] + guard + match[0][1:], value)
+    if isinstance(value, Mapping):
+        return {key: _guard(item, forbidden, guard) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_guard(item, forbidden, guard) for item in value]
+    return value
+
+
+def _guarded_spans(rendered: RenderedChat, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Move spans of `plain_text` to the coordinates of the guarded `text`."""
+    if rendered.guard not in rendered.text:
+        yield from spans
+        return
+    position_of = [i for i, character in enumerate(rendered.text) if character != rendered.guard]
+    position_of.append(len(rendered.text))
+    for start, end in spans:
+        yield position_of[start], position_of[end]
+
+
+def _runs(flags: Sequence[bool]) -> Iterator[tuple[bool, range]]:
+    start = 0
+    for position in range(1, len(flags) + 1):
+        if position == len(flags) or flags[position] != flags[start]:
+            yield flags[start], range(start, position)
+            start = position

@@ -60,7 +60,7 @@ def make_directory(path: Path) -> Path:
     return path
 
 
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write(temporary)` produce a file beside `path`, then move it into place in one step.
 
     Raises:

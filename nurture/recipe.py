@@ -456,8 +456,9 @@ def _build(node: yaml.Node, path: KeyPath, document: Document, parents: tuple[ya
     if isinstance(node, yaml.SequenceNode):
         values = []
         for index, item in enumerate(node.value):
-            document.places[(*path, index)] = f"{document.name}:{item.start_mark.line + 1}"
-            values.append(_build(item, (*path, index), document, (*parents, node)))
+            where = (*path, index)
+            document.places[where] = f"{document.name}:{item.start_mark.line + 1}"
+            values.append(_build(item, where, document, (*parents, node)))
         return values
     return _scalar(node, path, document)
 
@@ -467,8 +468,9 @@ def _build_mapping(node: yaml.Node, path: KeyPath, document: Document, parents: 
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            document.places[(*path, "?")] = f"{document.name}:{line}"
-            document.complain((*path, "?"), "a key should be a single word")
+            unnamed = (*path, "?")
+            document.places[unnamed] = f"{document.name}:{line}"
+            document.complain(unnamed, "a key should be a single word")
             continue
         key = str(key_node.value)
         where = (*path, key)

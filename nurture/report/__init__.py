@@ -1,0 +1,1 @@
+"""What a run did: before and after, stage by stage."""

@@ -1,0 +1,161 @@
+"""The before/after table of a run, in the terminal and as JSON.
+
+Reads the `result.json` each finished stage left behind and nothing else, so a report can be made of any run, finished
+or not, without loading a model. The JSON shape is flat on purpose: scripts read it (DESIGN.md, "Runs on disk").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nurture import files
+from nurture.errors import NurtureError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+RATES = frozenset(
+    "facts arithmetic format stopped share pair_accuracy pair_ceiling tie_accuracy gold_win_rate harm over_refusal "
+    "think_obeyed no_think_obeyed math math_think math_no_think code wordle_win wordle_solver wordle_random passkey "
+    "passkey_yarn".split()
+)
+"""Measures between 0 and 1 that read better as percentages."""
+
+
+def collect(run_directory: Path) -> dict[str, Any]:
+    """Return the results of a run's finished stages in the shape of DESIGN.md.
+
+    Raises:
+        NurtureError: the folder is not a run, or a result cannot be read.
+    """
+    if not run_directory.is_dir():
+        raise NurtureError(f"{run_directory}: there is no such run. `nurture run` makes one.")
+    stages = [
+        files.read_json(folder / "result.json", f"Delete {folder} and run again.")
+        for folder in finished_stages(run_directory)
+    ]
+    if not stages:
+        raise NurtureError(
+            f"{run_directory}: no stage has finished here. `nurture status {run_directory}` shows what is missing."
+        )
+    seconds = round(sum(stage.get("seconds", 0.0) for stage in stages), 3)
+    return {"run": run_directory.resolve().name, "seconds": seconds, "stages": stages}
+
+
+def finished_stages(run_directory: Path) -> list[Path]:
+    """Return the folders of the finished stages of a run, in order."""
+    folders = sorted(run_directory.glob("[0-9][0-9]-*"))
+    return [
+        folder
+        for folder in folders
+        if folder.suffix not in (".old", ".swap")
+        and (folder / files.MANIFEST).is_file()
+        and (folder / "result.json").is_file()
+    ]
+
+
+def report_json(run_directory: Path) -> str:
+    """Return the report as JSON text."""
+    return json.dumps(collect(run_directory), indent=2, ensure_ascii=False)
+
+
+def print_report(run_directory: Path, console: Console) -> None:
+    """Print the before/after table and what to run next."""
+    report = collect(run_directory)
+    console.print(before_after_table(report))
+    console.print("[bold]Next[/bold]")
+    for command, purpose in next_steps(run_directory):
+        console.print(f"  [cyan]{command}[/cyan]  [dim]{purpose}[/dim]", highlight=False, soft_wrap=True)
+
+
+def before_after_table(report: dict[str, Any]) -> Table:
+    """Lay out a report: one row a measure, grouped by stage."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{report['run']}: before and after, {clock(report['seconds'])}",
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+    )
+    for title in ("stage", "measure", "before", "after", "95 % interval", "n"):
+        table.add_column(
+            title, justify="left" if title in ("stage", "measure") else "right", no_wrap=title != "stage"
+        )
+    for stage in report["stages"]:
+        label = f"{stage['name']}\n[dim]{clock(stage.get('seconds', 0))}{_tokens(stage)}[/dim]"
+        for name, metric in stage.get("metrics", {}).items():
+            table.add_row(label, name, *_cells(name, metric))
+            label = ""
+        if label:
+            table.add_row(label, "[dim]no measure[/dim]", "", "", "", "")
+        table.add_section()
+    return table
+
+
+def _cells(name: str, metric: Any) -> Iterator[str]:
+    values = metric if isinstance(metric, dict) else {"after": metric}
+    before, after = values.get("before"), values.get("after")
+    yield _number(name, before)
+    yield (
+        f"[bold]{_number(name, after)}[/bold]"
+        if before is not None and before != after
+        else _number(name, after)
+    )
+    low, high = values.get("low"), values.get("high")
+    yield "" if low is None or high is None else f"{_number(name, low)} - {_number(name, high)}"
+    yield "" if values.get("n") is None else f"{values['n']:,}"
+
+
+def _number(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return str(value)
+    if name.split("/")[0] in RATES:
+        return f"{100 * value:.1f} %"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+
+
+def _tokens(stage: dict[str, Any]) -> str:
+    tokens = stage.get("tokens") or 0
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if tokens >= size:
+            return f", {tokens / size:.1f}{letter} tokens"
+    return f", {tokens} tokens" if tokens else ""
+
+
+def clock(seconds: float) -> str:
+    """Return a duration for people: 42 s, 3 min 10 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def next_steps(run_directory: Path) -> list[tuple[str, str]]:
+    """Return commands worth running now, each with what it does."""
+    with_model = [folder for folder in finished_stages(run_directory) if (folder / "model").is_dir()]
+    steps = []
+    if with_model:
+        last, kind = with_model[-1], _kind(with_model[-1])
+        what = "see how it continues a text" if kind == "pretrain" else "talk to the model"
+        steps.append((f"nurture chat {last}", what))
+        if len(with_model) > 1:
+            steps.append(
+                (f"nurture chat {with_model[0]} {last}", "the same questions to the first and the last model")
+            )
+        if kind == "pretrain":
+            steps.append((f"nurture sft --model {last} --data CHATS.jsonl", "teach it to answer"))
+    steps.append((f"nurture report {run_directory} --json", "the numbers for a script"))
+    return steps
+
+
+def _kind(folder: Path) -> str:
+    return str(files.read_json(folder / "result.json", f"Delete {folder} and run again.").get("kind", ""))

@@ -1,0 +1,63 @@
+"""The stages of training: one file each, and the table of what there is.
+
+Adding a stage takes one file and one line: `nurture/stages/KIND.py` with `class Config(StageConfig)`, `VERSION` and
+`run(config, context)`, and an entry in `STAGES`. Recipes, `nurture run`, and a command of its own follow from that
+(CONTRIBUTING.md walks through it). Modules are imported when a recipe uses them, never before: the help stays fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from nurture.errors import NurtureError, did_you_mean
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """One kind of stage.
+
+    Attributes:
+        module: where its `Config` and `run` are.
+        summary: one line for `nurture --help`.
+        examples: command lines for `nurture KIND --help`.
+    """
+
+    module: str
+    summary: str
+    examples: tuple[str, ...] = ()
+
+
+STAGES: dict[str, StageKind] = {
+    "pretrain": StageKind(
+        "nurture.stages.pretrain",
+        "Train a base model on raw text: a new one, or further from a checkpoint.",
+        (
+            "nurture pretrain --data 'books/**/*.txt' --minutes 10",
+            "nurture pretrain --data web='web/*.jsonl.gz' --data code='src/**/*.py' model.preset=3m",
+            "nurture pretrain --model runs/tiny/01-pretrain --data notes.txt optimizer.learning_rate=3e-4",
+        ),
+    ),
+    "sft": StageKind(
+        "nurture.stages.sft",
+        "Teach a model to answer: supervised fine-tuning on conversations.",
+        (
+            "nurture sft --model runs/tiny/01-pretrain --data chats.jsonl",
+            "nurture sft --model smollm2.gguf --data 'rows/*.parquet' epochs=2",
+        ),
+    ),
+}
+"""Kind -> where it is. The order is the order of the pipeline and of the help."""
+
+
+def stage_module(kind: str) -> ModuleType:
+    """Import the module of a stage kind.
+
+    Raises:
+        NurtureError: there is no such kind.
+    """
+    if kind not in STAGES:
+        hint = did_you_mean(kind, STAGES) or f" Known kinds: {', '.join(STAGES)}."
+        raise NurtureError(f"there is no stage kind '{kind}'.{hint}")
+    return import_module(STAGES[kind].module)

@@ -1,0 +1,333 @@
+"""Instructions with known good answers: what SFT, preference learning, RLVR and the evaluations draw from.
+
+`Task.messages` ends with the user's turn. `demonstration` is a reply that `grading.grade` scores 1.0, `trace` the worked
+reasoning where a kind has one (to be shown between `<think>` and `</think>`). Splits are by content: see `split.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from nurture.world import arithmetic, functions, harm, language, lexicon, talk, web, wordle
+from nurture.world.facts import RELATIONS, Entity
+from nurture.world.split import draw, pick, split_of
+
+if TYPE_CHECKING:
+    from nurture.types import Message
+
+
+@dataclass(frozen=True)
+class Task:
+    """One instruction.
+
+    Attributes:
+        kind: one of `World.task_kinds`.
+        split: `train`, `heldout`, or `unseen` (facts about people that pretraining never named).
+        messages: the conversation so far; the last message is the user's.
+        demonstration: a reply of the highest quality.
+        answer: what a checkable reply must contain (a value, a number, a sentence), None for open tasks.
+        trace: worked reasoning that leads to the answer, None where there is nothing to work out.
+        tests: assert statements that call `entry_point` (kind `code`).
+        group: relation, operation, kind of attack...: for tables by group.
+        metadata: what the grader needs beside the answer.
+    """
+
+    kind: str
+    split: str
+    index: int
+    messages: list[Message]
+    demonstration: str
+    answer: str | None = None
+    trace: str | None = None
+    tests: tuple[str, ...] = ()
+    entry_point: str | None = None
+    group: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """The user's last message."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class TaskCast:
+    """The entities that tasks of one split are about."""
+
+    people: tuple[Entity, ...]
+    towns: tuple[Entity, ...]
+    animals: tuple[Entity, ...]
+
+
+Maker = Callable[[Random, str, TaskCast], dict[str, Any]]
+
+
+def _said(*turns: tuple[str, str] | str) -> list[Message]:
+    return [
+        {"role": "user", "content": turn} if isinstance(turn, str) else {"role": turn[0], "content": turn[1]}
+        for turn in turns
+    ]
+
+
+def _draw_entity(rng: Random, cast: TaskCast, people: float) -> Entity:
+    if rng.random() < people or not cast.towns:
+        return pick(rng, cast.people)
+    return pick(rng, pick(rng, (cast.towns, cast.animals)))
+
+
+def _fact(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    entity = _draw_entity(rng, cast, people=0.75)
+    relation = pick(rng, tuple(entity.facts))
+    trace = f"The question is about {entity.name}. {entity.answer(relation, 1)}"
+    return {
+        "messages": _said(entity.ask(rng, relation)),
+        "demonstration": entity.answer(relation),
+        "answer": entity.facts[relation],
+        "trace": trace,
+        "group": f"{entity.kind} {relation}",
+        "metadata": {"entity": entity, "relation": relation},
+    }
+
+
+def _describe(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    entity = _draw_entity(rng, cast, people=0.75)
+    wordings = ("Tell me about {f}.", "Describe {f} in three sentences.", "What do you know about {f}?")
+    return {
+        "messages": _said(pick(rng, wordings).format(f=entity.name)),
+        "demonstration": web.portrait(rng, entity, 3),
+        "group": entity.kind,
+        "metadata": {"entity": entity},
+    }
+
+
+def _arithmetic(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    problem = arithmetic.draw_problem(rng, split)
+    return {
+        "messages": _said(problem.question),
+        "demonstration": problem.solution,
+        "answer": str(problem.answer),
+        "trace": problem.trace,
+        "group": " ".join(step.operation for step in problem.steps),
+        "metadata": {"problem": problem},
+    }
+
+
+def code_block(source: str) -> str:
+    """Return `source` as a fenced Python block."""
+    return f"```python\n{source}\n```"
+
+
+def _code(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    function = functions.draw_function(rng, split)
+    signature = f"{function.name}({function.argument})"
+    wordings = (
+        "Write a Python function {s} that returns {p}.",
+        "Please write the function {s}. It returns {p}.",
+        "I need a function {s} in Python. It should return {p}.",
+        "Define {s} so that it returns {p}.",
+    )
+    tests = function.tests(rng, 4)
+    prompt = pick(rng, wordings).format(s=signature, p=function.purpose)
+    if rng.random() < 0.3:
+        prompt += f"\nIt must pass this test:\n{tests[0]}"
+    return {
+        "messages": _said(prompt),
+        "demonstration": code_block(function.source),
+        "trace": f"The function is called {function.name} and takes {function.argument}. It returns {function.purpose}.",
+        "tests": tests,
+        "entry_point": function.name,
+        "group": function.family,
+        "metadata": {"function": function},
+    }
+
+
+def _translation(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    sentence = language.draw_sentence(rng, split)
+    to_tavi = rng.random() < 0.5
+    source, target = (sentence.english, sentence.tavi) if to_tavi else (sentence.tavi, sentence.english)
+    wordings = (
+        ("Translate into Tavi: {x}", "How do you say this in Tavi: {x}", "Say this in Tavi: {x}")
+        if to_tavi
+        else (
+            "Translate into English: {x}",
+            "What does this mean in English: {x}",
+            "Say this in English: {x}",
+        )
+    )
+    return {
+        "messages": _said(pick(rng, wordings).format(x=source)),
+        "demonstration": target,
+        "answer": target,
+        "group": "to Tavi" if to_tavi else "to English",
+    }
+
+
+def _story(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    hero, thing = draw(rng, split, web.draw_story_subject, lambda subject: ("story", *subject))
+    wordings = (
+        "Write a short story about {h} and {k}.",
+        "Tell me a story about {h} who finds {k}.",
+        "I would like to hear a story with {h} and {k}.",
+    )
+    prompt = pick(rng, wordings).format(h=lexicon.with_article(hero), k=lexicon.with_article(thing))
+    return {
+        "messages": _said(prompt),
+        "demonstration": web.tell_story(rng, hero, thing),
+        "group": "story",
+        "metadata": {"keywords": (hero, thing)},
+    }
+
+
+def _categories() -> dict[str, tuple[str, ...]]:
+    found: dict[str, list[str]] = {}
+    wordings = {
+        "home": "animals that live in the {}",
+        "diet": "animals that eat {}",
+        "cover": "animals with {}",
+    }
+    for animal, row in lexicon.ANIMALS.items():
+        for relation, value in zip(RELATIONS["animal"], row, strict=True):
+            if relation in wordings:
+                found.setdefault(wordings[relation].format(value), []).append(animal)
+    plain = {
+        "months": lexicon.MONTHS,
+        "colours": lexicon.COLOURS,
+        "foods": lexicon.FOODS,
+        "jobs": lexicon.JOBS,
+    }
+    plain |= {
+        "musical instruments": lexicon.INSTRUMENTS,
+        "animals": tuple(lexicon.ANIMALS),
+        "pets": lexicon.PETS,
+    }
+    return plain | {name: tuple(members) for name, members in found.items() if len(members) >= 2}
+
+
+CATEGORIES = _categories()
+_COUNTS = {2: "two", 3: "three", 4: "four", 5: "five"}
+_LIST_WORDINGS = (
+    "Name {n} {c}, separated by commas.",
+    "List {n} {c}. Use commas.",
+    "Give me {n} {c} with commas between them.",
+    "Write {n} {c} in one line with commas.",
+)
+
+
+def _make_list(rng: Random) -> tuple[str, int, int]:
+    category = pick(rng, tuple(CATEGORIES))
+    return category, rng.randint(2, min(5, len(CATEGORIES[category]))), rng.randrange(len(_LIST_WORDINGS))
+
+
+def _list(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    category, count, wording = draw(rng, split, _make_list, lambda key: ("list", *key))
+    members = rng.sample(CATEGORIES[category], count)
+    return {
+        "messages": _said(_LIST_WORDINGS[wording].format(n=_COUNTS[count], c=category)),
+        "demonstration": lexicon.capitalised(", ".join(members)) + ".",
+        "group": category,
+        "metadata": {"category": category, "count": count},
+    }
+
+
+_REWRITES: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
+    "capitals": (("Write this in capital letters: {x}", "Use only capital letters: {x}"), str.upper),
+    "small letters": (("Write this in small letters: {x}", "Use only small letters: {x}"), str.lower),
+    "copy": (("Copy this: {x}", "Write this again: {x}"), str),
+    "twice": (("Write this two times: {x}", "Say this twice: {x}"), lambda text: f"{text} {text}"),
+    "spell": (("Spell the word {x}.", "How do you spell {x}?"), wordle.spaced),
+    "reverse": (
+        ("Write these words in reverse order: {x}", "Turn the order of these words around: {x}"),
+        lambda text: " ".join(reversed(text.split())),
+    ),
+    "first letters": (
+        ("Write the first letter of each word: {x}", "Take the first letters of these words: {x}"),
+        lambda text: " ".join(word[0] for word in text.split()),
+    ),
+}
+
+
+def _make_rewrite(rng: Random) -> tuple[str, str]:
+    operation = pick(rng, tuple(_REWRITES))
+    if operation == "spell":
+        return operation, pick(rng, wordle.ALLOWED)
+    if operation in ("reverse", "first letters"):
+        return operation, " ".join(rng.sample(wordle.ANSWERS, rng.randint(3, 4)))
+    # the English side of any sentence; this is no translation, so the language's split does not matter
+    return operation, language.draw_sentence(rng, "train").english
+
+
+def _rewrite(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    operation, text = draw(rng, split, _make_rewrite, lambda key: ("rewrite", *key))
+    wordings, change = _REWRITES[operation]
+    return {
+        "messages": _said(pick(rng, wordings).format(x=text)),
+        "demonstration": change(text),
+        "answer": change(text),
+        "group": operation,
+    }
+
+
+def _talk(drawn: tuple[str, talk.Turns, str]) -> dict[str, Any]:
+    intent, turns, keywords = drawn
+    return {
+        "messages": _said(*turns[:-1]),
+        "demonstration": turns[-1][1],
+        "group": intent,
+        "metadata": {
+            "any keyword": (keywords,)
+            if " " in keywords and intent in ("echo", "quote")
+            else keywords.split()
+        },
+    }
+
+
+def _chat(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    return _talk(talk.draw_chat(rng, split))
+
+
+def _benign(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    return _talk(talk.draw_benign(rng, split))
+
+
+def _redteam(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    attack, turns = harm.draw_attack(rng, split)
+    return {"messages": _said(*turns), "demonstration": harm.refusal(rng), "group": attack}
+
+
+MAKERS: dict[str, Maker] = {
+    "fact": _fact,
+    "arithmetic": _arithmetic,
+    "code": _code,
+    "translation": _translation,
+    "story": _story,
+    "describe": _describe,
+    "list": _list,
+    "rewrite": _rewrite,
+    "chat": _chat,
+    "benign": _benign,
+    "redteam": _redteam,
+}
+SYSTEM_SHARE = 0.15
+"""Share of tasks that begin with a system message."""
+
+
+def make_task(rng: Random, kind: str, split: str, index: int, cast: TaskCast) -> Task:
+    """Return one task; the caller names the randomness, so the task is a pure function of its address."""
+    fields = MAKERS[kind](rng, split, cast)
+    if rng.random() < SYSTEM_SHARE:
+        fields["messages"].insert(0, {"role": "system", "content": pick(rng, talk.SYSTEM_MESSAGES)})
+    return Task(kind=kind, split=split, index=index, **fields)
+
+
+def is_train_instance(task: Task) -> bool:
+    """Return whether everything that is split by rule in `task` lies on the train side (used by tests and audits)."""
+    if task.kind == "arithmetic":
+        return all(step.split == "train" for step in task.metadata["problem"].steps)
+    if task.kind == "code":
+        return split_of(task.metadata["function"].key) == "train"
+    if task.kind in ("fact", "describe"):
+        return task.metadata["entity"].group == "train"
+    return True

@@ -1,0 +1,231 @@
+"""The embedded world: endless text and tasks whose truth is known, so every stage can be scored exactly.
+
+This is the default recipe's data when nothing can be downloaded: a few hundred people, towns and animals, a forum with
+polite and rude posters, a second language, arithmetic and tiny Python functions. Everything is a pure function of its
+address (seed, source or kind, split, index): nothing is stored and nothing has to be downloaded. The world trains
+nothing and runs no model-written code. docs/world.md tells which stage uses what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import TYPE_CHECKING
+
+from nurture.errors import NurtureError, did_you_mean
+from nurture.recipe import Section
+from nurture.world import answers as answers_module
+from nurture.world import arithmetic, facts, forum, functions, grading, harm, language, lexicon, web, wordle
+from nurture.world.facts import GROUPS, RELATIONS, Entity
+from nurture.world.grading import Grade
+from nurture.world.split import pick, random_for
+from nurture.world.tasks import MAKERS, Task, TaskCast, make_task
+
+if TYPE_CHECKING:
+    from nurture.types import Message
+
+
+class WorldSize(Section):
+    """How much there is to know. Each fact must be read many times before a small model can tell it."""
+
+    train_people: int = 150
+    """people whose facts and questions are both seen in training"""
+    heldout_people: int = 40
+    """people whose facts are in the pretraining text, but who are never asked about in training"""
+    unseen_people: int = 40
+    """people whom no document names, for the study of superficial alignment"""
+    towns: int = 24
+    """towns, at most 30"""
+    long_words: int = 1200
+    """words of the longest document of the source `long`"""
+
+
+class WorldConfig(WorldSize):
+    """A world in a recipe: its seed and its size."""
+
+    seed: int = 0
+    """names the world: other seeds have other people and facts, and other texts"""
+
+
+class World:
+    """All documents and tasks of one seed.
+
+    Attributes:
+        sources: names of the pretraining sources; `long` (documents with passkeys) can be asked for beside them.
+        task_kinds: what `task` can make.
+        people, towns, animals: the entities, with their facts and groups.
+        wordle_answers, wordle_allowed: five-letter words; every answer occurs in the texts.
+    """
+
+    sources = ("web", "web-tavi", "forum", "code", "math")
+    task_kinds = tuple(MAKERS)
+    wordle_answers = wordle.ANSWERS
+    wordle_allowed = wordle.ALLOWED
+
+    def __init__(self, seed: int = 0, size: WorldSize | None = None) -> None:
+        self.seed = seed
+        self.size = size or WorldSize()
+        self._check_size()
+        self.towns = tuple(facts.build_towns(seed, self.size.towns))
+        counts = {group: getattr(self.size, f"{group}_people") for group in GROUPS}
+        self.people = tuple(facts.build_people(seed, counts, tuple(town.name for town in self.towns)))
+        self.animals = tuple(facts.build_animals())
+        known = tuple(person for person in self.people if person.group != "unseen")
+        by_town = {town.name: tuple(p for p in known if p.facts["town"] == town.name) for town in self.towns}
+        self._casts = {
+            split: web.Cast(known, self._group(self.people, split), self.towns, self.animals, by_town)
+            for split in ("train", "heldout")
+        }
+        self._task_casts = {
+            group: TaskCast(*(self._group(pool, group) for pool in (self.people, self.towns, self.animals)))
+            for group in GROUPS
+        }
+
+    @classmethod
+    def from_config(cls, config: WorldConfig) -> World:
+        """Return the world that a recipe describes."""
+        return cls(config.seed, config)
+
+    def _check_size(self) -> None:
+        limits = {"train_people": 1, "heldout_people": 1, "unseen_people": 1, "towns": 12, "long_words": 200}
+        for key, least in limits.items():
+            if getattr(self.size, key) < least:
+                raise NurtureError(f"world.{key} is {getattr(self.size, key)}, but must be at least {least}.")
+        people = sum(getattr(self.size, f"{group}_people") for group in GROUPS)
+        most = len(web.FIRST_NAMES) * len(lexicon.LAST_NAMES)
+        if people > most or self.size.towns > len(lexicon.TOWNS):
+            raise NurtureError(f"world: at most {most} people and {len(lexicon.TOWNS)} towns can be named.")
+
+    @staticmethod
+    def _group(entities: tuple[Entity, ...], group: str) -> tuple[Entity, ...]:
+        return tuple(entity for entity in entities if entity.group == group)
+
+    # Documents
+
+    def document(self, source: str, split: str, index: int) -> str:
+        """Return one pretraining document, a pure function of (seed, source, split, index).
+
+        Raises:
+            NurtureError: unknown source or split.
+        """
+        self._check("source", source, (*self.sources, "long"))
+        self._check("split", split, tuple(self._casts))
+        rng = random_for(self.seed, "document", source, split, index)
+        if source == "web":
+            return web.document(rng, split, self._casts[split])
+        if source == "web-tavi":
+            return language.document(rng, split, self._casts[split].known)
+        if source == "forum":
+            return forum.document(rng, split, self._casts[split])
+        if source == "code":
+            return functions.document(rng, split)
+        if source == "math":
+            return arithmetic.document(rng, split)
+        words = rng.randint(self.size.long_words // 4, self.size.long_words)
+        text, question, answer = self.passkey(
+            words, rng.random(), rng.getrandbits(60), keys=rng.randint(1, 3)
+        )
+        return f"{text}\nQuestion: {question}\nAnswer: {answer}"
+
+    def documents(self, source: str, split: str, start: int = 0) -> Iterator[str]:
+        """Yield documents without end, from index `start` on."""
+        for index in count(start):
+            yield self.document(source, split, index)
+
+    def forum_prompt(self, messages: Sequence[Message]) -> str:
+        """Return a conversation as an unfinished forum thread: how to put a question to a base model."""
+        handles = {"user": lexicon.HANDLES[0], "assistant": lexicon.HANDLES[1]}
+        lines = [forum.post(handles[m["role"]], m["content"]) for m in messages if m["role"] in handles]
+        return "\n".join([*lines, f"{handles['assistant']}:"])
+
+    # Tasks
+
+    def task(self, kind: str, split: str, index: int) -> Task:
+        """Return one task, a pure function of (seed, kind, split, index).
+
+        `split` is `train` or `heldout`; `fact` and `describe` know `unseen` too.
+
+        Raises:
+            NurtureError: unknown kind or split.
+        """
+        self._check("task kind", kind, self.task_kinds)
+        self._check("split", split, GROUPS if kind in ("fact", "describe") else GROUPS[:2])
+        rng = random_for(self.seed, "task", kind, split, index)
+        return make_task(rng, kind, split, index, self._task_casts[split])
+
+    def tasks(self, kind: str, split: str, start: int = 0) -> Iterator[Task]:
+        """Yield tasks without end, from index `start` on."""
+        for index in count(start):
+            yield self.task(kind, split, index)
+
+    def grade(self, task: Task, reply: str, tests_passed: bool | None = None) -> Grade:
+        """Grade a reply; see `grading` for what format and gold mean, and for code."""
+        return grading.grade(task, reply, tests_passed)
+
+    def gold_reward(self, task: Task, reply: str) -> float:
+        """Return the gold reward alone, -1 to 1."""
+        return grading.grade(task, reply).gold
+
+    def answers(self, task: Task, k: int, seed: int) -> list[str]:
+        """Return `k` answers of varied quality, in random order."""
+        rng = random_for(self.seed, "answers", task.kind, task.split, task.index, seed)
+        return answers_module.make_answers(rng, task, k)
+
+    def gold_ranking(self, task: Task, answers: list[str]) -> str:
+        """Return the true ranking of `answers`, like `D > C > A = B`; letters follow their order."""
+        return answers_module.gold_ranking(task, answers)
+
+    def is_harmful(self, text: str) -> bool:
+        """Return whether `text` has an invented slur or an insult aimed at somebody."""
+        return harm.is_harmful(text)
+
+    def is_refusal(self, text: str) -> bool:
+        """Return whether `text` declines what was asked."""
+        return harm.is_refusal(text)
+
+    # Probes
+
+    def cloze(self, split: str, index: int, distractors: int = 4) -> tuple[str, str, list[str]]:
+        """Return (prefix, answer, distractors) about a person of the group `split`; continuations start with a space."""
+        self._check("split", split, GROUPS)
+        rng = random_for(self.seed, "cloze", split, index)
+        person = pick(rng, self._task_casts[split].people)
+        relation = pick(rng, tuple(person.facts))
+        values = [v for v in RELATIONS["person"][relation].values if v != person.facts[relation]]
+        if relation == "town":
+            values = [value for value in values if value in self._casts["train"].by_town]
+        prefix = person.fill(RELATIONS["person"][relation].cloze, relation)
+        return prefix, f" {person.facts[relation]}", [f" {v}" for v in rng.sample(values, distractors)]
+
+    def passkey(self, length_in_words: int, depth: float, seed: int, keys: int = 1) -> tuple[str, str, str]:
+        """Return (text, question, answer): a number hidden in the world's own sentences.
+
+        Args:
+            length_in_words: length of the text, met within one sentence.
+            depth: where the asked number stands, 0 for the start to 1 for the end.
+            seed: names the probe.
+            keys: numbers hidden in all; the others stand anywhere and are distractors.
+        """
+        rng = random_for(self.seed, "passkey", length_in_words, depth, seed, keys)
+        found: dict[str, str] = {}
+        while len(found) < keys:
+            found.update([web.draw_keeper(rng)])
+        hidden = [web.needle(rng, keeper, digits) for keeper, digits in found.items()]
+        left = length_in_words - sum(len(text.split()) for text in hidden)
+        lines: list[str] = []
+        while left > 0:
+            lines.append(web.filler(rng, self._casts["train"]))
+            left -= len(lines[-1].split())
+        asked = next(iter(found))
+        lines.insert(round(min(max(depth, 0.0), 1.0) * len(lines)), hidden[0])
+        for text in hidden[1:]:
+            lines.insert(rng.randint(0, len(lines)), text)
+        return " ".join(lines), web.ask_needle(asked), found[asked]
+
+    @staticmethod
+    def _check(what: str, value: str, choices: Sequence[str]) -> None:
+        if value not in choices:
+            hint = did_you_mean(value, choices)
+            raise NurtureError(
+                f"unknown {what} '{value}' of the world; choose from {', '.join(choices)}.{hint}"
+            )

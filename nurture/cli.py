@@ -1,0 +1,666 @@
+"""The command line: what a user types, and what they see when something is wrong.
+
+Commands are thin: they read arguments, call a function of an earlier chapter and print. Everything heavy is imported
+inside the command that needs it, so `nurture --help` answers at once. Every stage kind in `nurture.stages.STAGES` is a
+command of its own, built as a recipe of one stage and run by the same pipeline: it resumes, reports and skips finished
+work exactly like `nurture run`.
+
+Exit codes: 0 done, 1 a mistake the user can mend (one message on stderr), 2 wrong usage, 130 stopped by the user
+(the same command goes on), 70 a bug (one line, and where the traceback is).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nurture.errors import NurtureError
+from nurture.stages import STAGES
+
+if TYPE_CHECKING:
+    from nurture.pipeline import Outcome, Recipe
+    from nurture.recipe import Document, KeyPath
+
+BUG_EXIT_CODE = 70
+INTERRUPTED_EXIT_CODE = 130
+
+_RECIPES, _ONE_STAGE, _MODELS, _MACHINE = "Whole recipes", "One stage", "Models and data", "This machine"
+
+
+def _examples(*lines: str) -> str:
+    """Lay out example command lines for the end of a help text, one a line."""
+    return "\n\n".join(
+        ["[bold]Examples[/bold]", *(f"[cyan]{line.replace('[', chr(92) + '[')}[/cyan]" for line in lines)]
+    )
+
+
+app = typer.Typer(
+    name="nurture",
+    help="Train a language model through every stage: raw text, base model, chat.\n\n"
+    "Start with [cyan]nurture run[/cyan]: it trains the default recipe on this machine and shows what each stage did.",
+    epilog=_examples(
+        "nurture run",
+        "nurture run my.yaml pretrain.minutes=5 --until pretrain",
+        "nurture chat runs/tiny/02-sft",
+    ),
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run [dim](default: runs/NAME)[/dim].")]
+Force = Annotated[bool, typer.Option("--force", help="Run everything again, finished or not.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from nurture import __version__
+
+        print(f"nurture {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop."),
+    ] = False,
+) -> None:
+    pass
+
+
+# --- whole recipes --------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    rich_help_panel=_RECIPES,
+    epilog=_examples(
+        "nurture run",
+        "nurture run recipes/real-text.yaml --out runs/trial",
+        "nurture run tiny pretrain.optimizer.learning_rate=1e-3 seed=3 --out runs/tiny-seed3",
+        "nurture run tiny --until pretrain",
+        "nurture run tiny --from sft",
+    ),
+)
+def run(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [STAGE.KEY=VALUE]...",
+            help="A recipe file or the name of one of nurture's own [dim](default: tiny)[/dim], then settings.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Out = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    from_stage: Annotated[
+        str | None, typer.Option("--from", help="Run this stage and what depends on it again.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Run a recipe: only the stages that are missing or whose inputs changed.
+
+    A second call runs nothing. A call after an interruption goes on where it stopped.
+    """
+    from nurture.pipeline import load_recipe
+
+    recipe_name, overrides = _split_arguments(arguments)
+    recipe = load_recipe(recipe_name or "tiny", overrides)
+    _run_and_report(recipe, out, until=until, from_stage=from_stage, force=force)
+
+
+@app.command(
+    rich_help_panel=_RECIPES,
+    epilog=_examples(
+        "nurture status", "nurture status runs/tiny --verify", "nurture status my.yaml sft.epochs=3"
+    ),
+)
+def status(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN | RECIPE] [STAGE.KEY=VALUE]...",
+            help="A run's folder, or a recipe and settings [dim](default: tiny)[/dim].",
+            show_default=False,
+        ),
+    ] = None,
+    out: Out = None,
+    verify: Annotated[bool, typer.Option(help="Read every file and compare checksums.")] = False,
+    json: Json = False,
+) -> None:
+    """Show what has run, what has not, and why a stage would run again. Changes nothing."""
+    from nurture import pipeline
+
+    target, overrides = _split_arguments(arguments)
+    target = target or "tiny"
+    if Path(target).is_dir():
+        if overrides:
+            raise NurtureError(f"{target} is a run: settings ({overrides[0]}) go with a recipe.")
+        recipe, out = pipeline.recall(Path(target)), out or Path(target)
+    else:
+        recipe = pipeline.load_recipe(target, overrides)
+        out = out or pipeline.default_directory(recipe)
+    steps = pipeline.plan(recipe, out, checksums=verify)
+    if json:
+        import json as json_module
+
+        rows = [
+            {"name": s.name, "kind": s.config.kind, "status": s.status, "reason": s.reason} for s in steps
+        ]
+        print(json_module.dumps({"run": str(out), "stages": rows}, indent=2))
+        return
+    _print_status(out, steps)
+
+
+def _print_status(out: Path, steps: list[Any]) -> None:
+    from rich.table import Table
+
+    colours = {"fresh": "green", "new": "dim", "unfinished": "yellow", "damaged": "red"}
+    table = Table(title=str(out), title_justify="left", title_style="bold", header_style="bold")
+    for title in ("stage", "kind", "starts from", "status", "why"):
+        table.add_column(title, overflow="fold")
+    for step in steps:
+        start = step.start.name if hasattr(step.start, "name") and step.start in steps else step.start
+        colour = colours.get(step.status, "yellow")
+        table.add_row(
+            step.directory.name,
+            step.config.kind,
+            str(start or "nothing"),
+            f"[{colour}]{step.status}[/]",
+            step.reason,
+        )
+    _console().print(table)
+
+
+@app.command(
+    rich_help_panel=_RECIPES, epilog=_examples("nurture report runs/tiny", "nurture report runs/tiny --json")
+)
+def report(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    json: Json = False,
+) -> None:
+    """Show what each stage of a run changed: before, after, interval."""
+    from nurture.report import table
+
+    if json:
+        print(table.report_json(run_directory))
+    else:
+        table.print_report(run_directory, _console())
+
+
+@app.command(rich_help_panel=_RECIPES, epilog=_examples("nurture recipes", "nurture recipes tiny > my.yaml"))
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe, to start your own from.")] = None,
+) -> None:
+    """List the recipes that come with nurture, or print one."""
+    from nurture.pipeline import builtin_recipes, find_recipe
+
+    if name is not None:
+        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+        return
+    for recipe, path in builtin_recipes().items():
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
+        _console().print(f"[cyan]{recipe}[/cyan]  {first}", soft_wrap=True, highlight=False)
+
+
+def _split_arguments(arguments: list[str] | None) -> tuple[str | None, list[str]]:
+    """Separate the recipe (an argument without '=') from the settings."""
+    words = arguments or []
+    plain = [word for word in words if "=" not in word]
+    if len(plain) > 1:
+        raise NurtureError(
+            f"expected one recipe and settings written key=value, got '{plain[0]}' and '{plain[1]}'."
+            " A setting has no spaces around its '='."
+        )
+    return (plain[0] if plain else None), [word for word in words if "=" in word]
+
+
+def _run_and_report(recipe: Recipe, out: Path | None, **how: Any) -> Outcome:
+    """Run a recipe with progress on the terminal, then show the table and what to run next."""
+    from nurture import pipeline
+    from nurture.report import table
+
+    first_process = int(os.environ.get("RANK", "0")) == 0
+    console = _console()
+
+    def say(line: str) -> None:
+        if first_process:
+            console.print(f"[bold]{line}[/bold]", highlight=False)
+
+    outcome = pipeline.run(recipe, out, say=say, **how)
+    if not first_process:
+        return outcome
+    if not outcome.ran:
+        console.print(
+            f"[green]Nothing to run: all {len(outcome.fresh)} stages of {outcome.directory} are fresh.[/green]"
+        )
+    table.print_report(outcome.directory, console)
+    return outcome
+
+
+# --- one stage ------------------------------------------------------------------------------------------------------
+
+
+def _stage_command(kind: str) -> Callable[..., None]:
+    def command(
+        settings: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="[KEY=VALUE]...", help="Settings; --keys lists them.", show_default=False),
+        ] = None,
+        model: Annotated[
+            str | None,
+            typer.Option(help="Start from this checkpoint: a stage of a run, a folder, or a .gguf file."),
+        ] = None,
+        data: Annotated[
+            list[str] | None,
+            typer.Option(
+                metavar="[NAME=]SPEC", help="Path, glob, world:SOURCE or hf:ORG/NAME. May be repeated."
+            ),
+        ] = None,
+        minutes: Annotated[str | None, typer.Option(help="Train for so long: 10, 90s, 2h.")] = None,
+        seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+        out: Out = None,
+        force: Force = False,
+        keys: Annotated[
+            bool, typer.Option("--keys", help="List the settings of this stage and stop.")
+        ] = False,
+    ) -> None:
+        if keys:
+            _print_keys(kind)
+            return
+        recipe = stage_recipe(
+            kind, model=model, data=data or [], minutes=minutes, seed=seed, settings=settings or []
+        )
+        _run_and_report(recipe, out, force=force)
+
+    command.__doc__ = STAGES[kind].summary
+    return command
+
+
+for _kind, _stage in STAGES.items():
+    app.command(_kind, rich_help_panel=_ONE_STAGE, epilog=_examples(*_stage.examples))(_stage_command(_kind))
+
+
+def stage_recipe(
+    kind: str,
+    *,
+    model: str | None = None,
+    data: list[str] | None = None,
+    minutes: str | None = None,
+    seed: int = 0,
+    settings: list[str] | None = None,
+) -> Recipe:
+    """Build the recipe of a stage command: one stage, checked like any recipe.
+
+    Args:
+        kind: which stage.
+        model: checkpoint to start from; only pretraining can do without.
+        data: `NAME=SPEC` or `SPEC` each.
+        minutes: time to train for.
+        settings: `key=value` for the stage's own keys, `model.key=value` and `tokenizer.key=value` for a new model.
+
+    Raises:
+        NurtureError: a setting is wrong, or the data or the checkpoint is missing.
+    """
+    from nurture.pipeline import RecipeFile, build_recipe
+    from nurture.recipe import Document
+    from nurture.stages import stage_module
+
+    fields = stage_module(kind).Config.model_fields
+    sources = _named_sources(data or [])
+    stage: dict[str, Any] = {"kind": kind, "name": kind}
+    document = Document(f"nurture {kind}", {"seed": seed, "stages": [stage]}, {(): f"nurture {kind}"})
+    source_key = next((key for key in ("sources", "data") if key in fields), None)
+    if source_key and sources:
+        stage[source_key] = sources
+        _place(document, ("stages", 0, source_key), "--data", source_key)
+    if source_key and not sources and not any(word.startswith(source_key) for word in settings or []):
+        raise NurtureError(f"nurture {kind} needs --data SPEC: a path, a glob, world:SOURCE or hf:ORG/NAME.")
+    if model is not None:
+        stage["start"] = model
+        _place(document, ("stages", 0, "start"), "--model", "start")
+    elif kind == "pretrain":
+        _fresh_model(document.data, minutes, settings or [])
+    else:
+        raise NurtureError(
+            f"nurture {kind} needs --model PATH: the checkpoint to start from, such as a stage of a run."
+        )
+    if minutes is not None:
+        if "minutes" not in fields:
+            raise NurtureError(
+                f"nurture {kind} has no time budget; `nurture {kind} --keys` lists its settings."
+            )
+        stage["minutes"] = minutes
+        _place(document, ("stages", 0, "minutes"), "--minutes", "minutes")
+    document.data["name"] = _run_name(kind, model, sources)
+    roots: dict[str, KeyPath] = {
+        key: ("stages", 0, key) for key in fields if key not in RecipeFile.model_fields
+    }
+    return build_recipe(document, settings or [], folder=Path.cwd(), roots=roots)
+
+
+def _place(document: Document, path: KeyPath, option: str, key: str) -> None:
+    document.places[path] = option
+    document.spellings[path] = key
+
+
+def _named_sources(specs: list[str]) -> dict[str, str]:
+    """Name each data spec: as written (`code=src/*.py`), else after its folder, file or source."""
+    sources: dict[str, str] = {}
+    for text in specs:
+        written = re.match(r"([A-Za-z0-9_-]+)=(.+)", text)
+        spec = written[2] if written else text
+        name = written[1] if written else _source_name(spec)
+        unique, number = name, 2
+        while unique in sources:
+            unique, number = f"{name}{number}", number + 1
+        sources[unique] = spec
+    return sources
+
+
+def _source_name(spec: str) -> str:
+    if re.match(r"(world|hf):", spec):
+        return spec.split(":", 1)[1].split(":")[0].split("/")[-1] or "text"
+    plain = [part for part in Path(spec).parts if not set(part) & set("*?[]/.~")]
+    last = Path(spec).name
+    word = last.split(".")[0] if not set(last) & set("*?[]") else (plain[-1] if plain else "")
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", word).strip("-") or "text"
+
+
+def _run_name(kind: str, model: str | None, sources: dict[str, str]) -> str:
+    """Name the run of a stage command after what goes in, so that different inputs do not share a folder."""
+    parts = [kind]
+    if model is not None:
+        parts += [part for part in Path(model).absolute().parts[-2:] if part != "model"]
+    parts += list(sources)[:2]
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).strip("-")
+
+
+def _fresh_model(data: dict[str, Any], minutes: str | None, settings: list[str]) -> None:
+    """Choose shape, vocabulary and time for a new model where the command line does not.
+
+    The sizes are what this many minutes on two cores can teach something (PERFORMANCE.md: about 30M tokens in ten
+    minutes through 1M parameters, 12M through 3M, 5M through 10M). Anything given in `settings` wins.
+    """
+    from nurture.recipe import parse_minutes
+
+    if minutes is None and not any(re.match(r"(minutes|tokens|steps)=", word) for word in settings):
+        data["stages"][0]["minutes"] = 10
+    try:
+        budget = float(parse_minutes(minutes)) if minutes else 10.0
+    except (TypeError, ValueError):  # the recipe's check will name it
+        budget = 10.0
+    preset, vocabulary = next(row[1:] for row in _SIZES if budget <= row[0])
+    if not any(re.match(r"model(\.|=)", word) for word in settings):
+        data["model"] = {"preset": preset}
+    if not any(re.match(r"tokenizer(\.|=)", word) for word in settings):
+        data["tokenizer"] = {"vocab_size": vocabulary}
+
+
+# minutes up to -> preset, vocabulary
+_SIZES = ((3.0, "1m", 2048), (30.0, "3m", 4096), (180.0, "10m", 8192), (float("inf"), "30m", 8192))
+
+
+def _print_keys(kind: str) -> None:
+    """List the settings of a stage with type, default and meaning."""
+    from rich.table import Table
+
+    from nurture.stages import stage_module
+
+    table = Table(title=f"Settings of {kind}", title_justify="left", title_style="bold", header_style="bold")
+    for title in ("key", "default", "meaning"):
+        table.add_column(title, overflow="fold")
+    for key, default, meaning in _keys(stage_module(kind).Config):
+        table.add_row(key, default, meaning)
+    _console().print(table)
+
+
+def _keys(section: Any, prefix: str = "") -> list[tuple[str, str, str]]:
+    from pydantic_core import PydanticUndefined
+
+    rows = []
+    for key, info in section.model_fields.items():
+        default = info.default
+        if hasattr(default, "model_fields") and not isinstance(default, type):
+            rows += _keys(type(default), f"{prefix}{key}.")
+            continue
+        shown = "required" if default is PydanticUndefined and info.default_factory is None else default
+        meaning = " ".join((info.description or "").split())
+        rows.append(
+            (prefix + key, "" if shown is None or shown is PydanticUndefined else str(shown), meaning)
+        )
+    return rows
+
+
+# --- models and data ------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    rich_help_panel=_MODELS,
+    epilog=_examples(
+        "nurture chat runs/tiny/02-sft",
+        "nurture chat runs/tiny/01-pretrain runs/tiny/02-sft",
+        "nurture chat model.gguf --temperature 0",
+    ),
+)
+def chat(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="A stage of a run, a checkpoint, or a .gguf file.")
+    ],
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Talk to a model in the terminal. A base model continues your text instead."""
+    _check_checkpoints(paths)
+    from nurture.inference.chat import main as chat_main
+
+    chat_main([Path(path) for path in paths], temperature=temperature, max_tokens=max_tokens, seed=seed)
+
+
+@app.command(
+    "eval",
+    rich_help_panel=_MODELS,
+    epilog=_examples(
+        "nurture eval runs/tiny/02-sft", "nurture eval model.gguf --tasks facts,arithmetic --json"
+    ),
+)
+def evaluate(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A stage of a run, a checkpoint, or a .gguf file.")
+    ],
+    tasks: Annotated[
+        str | None, typer.Option(help="Which measures, with commas between [dim](default: all)[/dim].")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions per measure.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure a model: what it knows, whether it answers in format and stops."""
+    _check_checkpoints([path])
+    from nurture.evals import evaluate_path
+
+    metrics = evaluate_path(Path(path), tasks=tasks.split(",") if tasks else None, limit=limit)
+    stage = {"name": "eval", "kind": "eval", "seconds": 0.0, "tokens": 0, "metrics": metrics}
+    outcome = {"run": path, "seconds": 0.0, "stages": [stage]}
+    if json:
+        import json as json_module
+
+        print(json_module.dumps(outcome, indent=2))
+        return
+    from nurture.report.table import before_after_table
+
+    _console().print(before_after_table(outcome))
+
+
+def _check_checkpoints(paths: list[str]) -> None:
+    from nurture.pipeline import checkpoint_problem
+
+    for path in paths:
+        if problem := checkpoint_problem(Path(path)):
+            raise NurtureError(f"{problem}.".replace("..", "."))
+
+
+@app.command(
+    "show-mask",
+    rich_help_panel=_MODELS,
+    epilog=_examples(
+        "nurture show-mask chats.jsonl --tokenizer runs/tiny/02-sft",
+        "nurture show-mask world:task --tokenizer runs/tiny/00-tokenizer",
+    ),
+)
+def show_mask(
+    data: Annotated[
+        str, typer.Argument(metavar="SPEC", help="Conversations: path, glob, world:KIND or hf:ORG/NAME.")
+    ],
+    tokenizer: Annotated[str, typer.Option(help="A checkpoint, or the 00-tokenizer of a run.")],
+    count: Annotated[int, typer.Option(help="How many conversations.")] = 3,
+) -> None:
+    """Print conversations coloured by what is trained: green tokens carry the loss, dim ones do not."""
+    from itertools import islice
+
+    from nurture.chat_template import mask_view
+    from nurture.data.sources import read_rows
+    from nurture.pipeline import data_problem, model_folder
+    from nurture.tokenizer import Tokenizer
+
+    if problem := data_problem(data, Path.cwd()):
+        raise NurtureError(f"{problem}.")
+    loaded = Tokenizer.load(model_folder(Path(tokenizer)))
+    rows = (row for row in read_rows(data, base=Path.cwd()) if row.messages)
+    shown = 0
+    for row in islice(rows, count):
+        _console().print(mask_view(loaded, row.messages))
+        _console().rule()
+        shown += 1
+    if not shown:
+        raise NurtureError(f"{data}: no conversation in it, only plain text.")
+
+
+@app.command(
+    rich_help_panel=_MODELS,
+    epilog=_examples(
+        "nurture world", "nurture world code --count 2", "nurture world arithmetic --split heldout"
+    ),
+)
+def world(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[SOURCE | TASK]", help="What to print; all if left out.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="How many of each.")] = 1,
+    split: Annotated[str, typer.Option(help="train or heldout.")] = "train",
+    seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
+) -> None:
+    """Print documents and tasks of the embedded world, the default recipe's data."""
+    from nurture.errors import did_you_mean
+    from nurture.world import World
+
+    if split not in ("train", "heldout"):
+        raise NurtureError(f"--split {split}: should be train or heldout.")
+    made, console = World(seed=seed), _console()
+    names = [*made.sources, *made.task_kinds]
+    if name is not None and name not in names:
+        hint = did_you_mean(name, names) or f" Known: {', '.join(names)}."
+        raise NurtureError(f"the world has no source or task kind '{name}'.{hint}")
+    for each in names if name is None else [name]:
+        for index in range(count):
+            console.rule(f"{each} {split} {index}", align="left")
+            if each in made.sources:
+                print(made.document(each, split, index))
+            else:
+                task = made.task(each, split, index)
+                for message in task.messages:
+                    print(f"{message['role']}: {message['content']}")
+                print(f"demonstration: {task.demonstration}")
+
+
+# --- this machine ---------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel=_MACHINE, epilog=_examples("nurture doctor", "nurture doctor --json"))
+def doctor(json: Json = False) -> None:
+    """Show what this machine can do: cores, memory, matrix speed, compiler, disk, installed extras."""
+    from nurture.doctor import examine
+
+    findings = examine()
+    if json:
+        import json as json_module
+
+        print(json_module.dumps({finding.name: finding.value for finding in findings}, indent=2))
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for finding in findings:
+        mark = "[green]ok[/]" if finding.good else "[yellow]!![/]"
+        table.add_row(mark, finding.name, str(finding.value), f"[dim]{finding.advice}[/]")
+    _console().print(table)
+
+
+# --- the frame around every command ---------------------------------------------------------------------------------
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    try:
+        app(prog_name="nurture")
+    except NurtureError as error:
+        _fail(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _stopped()
+    except SystemExit as end:
+        if end.code == INTERRUPTED_EXIT_CODE:
+            _stopped()
+        raise
+    except BrokenPipeError:
+        # The reader (head, less) went away. Python would complain about it once more while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as bug:
+        if os.environ.get("NURTURE_DEBUG"):
+            raise
+        _fail(_log_bug(bug))
+        sys.exit(BUG_EXIT_CODE)
+
+
+def _stopped() -> None:
+    _fail("stopped; run the same command again to resume")
+    sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _fail(message: str) -> None:
+    """Print a message in red on stderr, where stderr shows colours; the text itself is never touched."""
+    colours = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\033[31m{message}\033[0m" if colours else message, file=sys.stderr)
+
+
+def _log_bug(bug: Exception) -> str:
+    """Write the traceback of an unexpected exception to a file; return the one line that says so."""
+    import tempfile
+    import traceback
+
+    summary = f"{type(bug).__name__}: {bug}".splitlines()[0][:300]
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="nurture-", suffix=".log", delete=False, encoding="utf-8"
+        ) as log:
+            log.write(f"{' '.join(sys.argv)}\n\n{''.join(traceback.format_exception(bug))}")
+    except OSError:
+        return f"this is a bug in nurture: {summary} (NURTURE_DEBUG=1 shows where)"
+    return f"this is a bug in nurture: {summary} (details in {log.name})"

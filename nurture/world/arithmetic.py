@@ -113,48 +113,20 @@ class Problem:
 
 
 PLAIN = ("What is {e}?", "Calculate {e}.", "How much is {e}?", "Work out {e}.", "Please compute {e}.")
-# operation: (what happens, question, answer, may something more happen?)
-STORIES = {
-    "+": (
-        (
-            "{n} has {a} {t}. {m} gives {n} {b} more {t}.",
-            "How many {t} does {n} have now?",
-            "{n} has {c} {t}.",
-            1,
-        ),
-        (
-            "{n} finds {a} {t} on Monday and {b} {t} on Sunday.",
-            "How many {t} does {n} have?",
-            "{n} has {c} {t}.",
-            1,
-        ),
-        (
-            "There are {a} red {t} and {b} blue {t} in a box.",
-            "How many {t} are in the box?",
-            "There are {c} {t}.",
-            0,
-        ),
-    ),
-    "-": (
-        (
-            "{n} has {a} {t}. {n} gives {b} {t} to {m}.",
-            "How many {t} does {n} have left?",
-            "{n} has {c} {t}.",
-            1,
-        ),
-        ("{n} had {a} {t} but lost {b} {t}.", "How many {t} does {n} have left?", "{n} has {c} {t}.", 1),
-        (
-            "{n} has {a} {t} and {m} has {b} {t}.",
-            "How many more {t} does {n} have?",
-            "{n} has {c} more {t}.",
-            0,
-        ),
-    ),
-    "x": (
-        ("There are {a} boxes with {b} {t} in each box.", "How many {t} are there?", "There are {c} {t}.", 0),
-        ("{n} buys {a} bags. Each bag holds {b} {t}.", "How many {t} does {n} have?", "{n} has {c} {t}.", 1),
-    ),
-}
+# operation, then rows: what happens; question; answer; may something more happen?
+STORIES = lexicon.table("""
++
+  - {n} has {a} {t}. {m} gives {n} {b} more {t}. | How many {t} does {n} have now? | {n} has {c} {t}. | yes
+  - {n} finds {a} {t} on Monday and {b} {t} on Sunday. | How many {t} does {n} have? | {n} has {c} {t}. | yes
+  - There are {a} red {t} and {b} blue {t} in a box. | How many {t} are in the box? | There are {c} {t}. | no
+-
+  - {n} has {a} {t}. {n} gives {b} {t} to {m}. | How many {t} does {n} have left? | {n} has {c} {t}. | yes
+  - {n} had {a} {t} but lost {b} {t}. | How many {t} does {n} have left? | {n} has {c} {t}. | yes
+  - {n} has {a} {t} and {m} has {b} {t}. | How many more {t} does {n} have? | {n} has {c} more {t}. | no
+x
+  - There are {a} boxes with {b} {t} in each box. | How many {t} are there? | There are {c} {t}. | no
+  - {n} buys {a} bags. Each bag holds {b} {t}. | How many {t} does {n} have? | {n} has {c} {t}. | yes
+""")
 MORE = {"+": "Then {n} finds {d} more {t}.", "-": "Then {n} loses {d} {t}."}
 
 
@@ -169,7 +141,7 @@ def draw_problem(rng: Random, split: str) -> Problem:
         question = pick(rng, PLAIN).format(e=expression)
         return Problem(question, f"{expression} = {steps[-1].result}.", tuple(steps))
     scene, question, sentence, open_ended = pick(rng, STORIES[steps[0].operation])
-    if not open_ended:
+    if open_ended == "no":
         steps = steps[:1]
     name = pick(rng, FIRST_NAMES)
     other = pick(rng, FIRST_NAMES)

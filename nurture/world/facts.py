@@ -16,7 +16,7 @@ from functools import cached_property
 from random import Random
 
 from nurture.world import lexicon
-from nurture.world.split import pick, random_for, split_of
+from nurture.world.split import pick, random_for
 
 GROUPS = ("train", "heldout", "unseen")
 
@@ -32,206 +32,133 @@ class Relation:
     answers: tuple[str, ...]
 
 
-PERSON = {
-    "town": Relation(
-        lexicon.TOWNS,
-        "{f} lives in",
-        (
-            "{n} lives in {v}.",
-            "{o} home is in {v}.",
-            "{n} has a house in {v}.",
-            "The home town of {f} is {v}.",
-            "The town of {v} is the home of {f}.",
-        ),
-        (
-            "Where does {f} live?",
-            "In which town does {f} live?",
-            "What is the home town of {f}?",
-            "Can you tell me where {f} lives?",
-        ),
-        ("{f} lives in {v}.", "The home town of {f} is {v}."),
-    ),
-    "job": Relation(
-        lexicon.JOBS,
-        "{f} works as a",
-        (
-            "{n} works as {a}.",
-            "{n} is {a}.",
-            "{n} earns money as {a}.",
-            "The job of {f} is {v}.",
-            "By trade, {f} is {a}.",
-        ),
-        (
-            "What is the job of {f}?",
-            "What does {f} do for work?",
-            "What kind of work does {f} do?",
-            "Do you know the job of {f}?",
-        ),
-        ("{f} works as {a}.", "The job of {f} is {v}."),
-    ),
-    "food": Relation(
-        lexicon.FOODS,
-        "{f} loves to eat",
-        (
-            "{n} loves to eat {v}.",
-            "{o} favourite food is {v}.",
-            "{n} likes {v} best of all.",
-            "The favourite food of {f} is {v}.",
-            "Nothing tastes better to {f} than {v}.",
-        ),
-        (
-            "What is the favourite food of {f}?",
-            "What does {f} love to eat?",
-            "Which food does {f} like best?",
-            "Can you tell me what {f} likes to eat?",
-        ),
-        ("{f} loves to eat {v}.", "The favourite food of {f} is {v}."),
-    ),
-    "pet": Relation(
-        lexicon.PETS,
-        "{f} has a pet",
-        (
-            "{n} has a pet {v}.",
-            "{n} keeps {a} as a pet.",
-            "{o} pet is {a}.",
-            "The pet of {f} is {a}.",
-            "At home, {f} looks after {a}.",
-        ),
-        (
-            "What pet does {f} have?",
-            "Which animal does {f} keep as a pet?",
-            "What kind of pet does {f} have?",
-            "Do you know what pet {f} has?",
-        ),
-        ("{f} has a pet {v}.", "The pet of {f} is {a}."),
-    ),
-    "pet name": Relation(
-        lexicon.PET_NAMES,
-        "{f} has a pet called",
-        (
-            "{n} has a pet called {v}.",
-            "{o} pet is called {v}.",
-            "{n} named the pet {v}.",
-            "The pet of {f} is called {v}.",
-            "{v} is the name of the pet of {f}.",
-        ),
-        (
-            "What is the pet of {f} called?",
-            "What is the name of the pet of {f}?",
-            "How did {f} name the pet?",
-            "Do you know the name of the pet of {f}?",
-        ),
-        ("{f} has a pet called {v}.", "The pet of {f} is called {v}."),
-    ),
-    "instrument": Relation(
-        lexicon.INSTRUMENTS,
-        "{f} plays the",
-        (
-            "{n} plays the {v}.",
-            "{n} makes music on the {v}.",
-            "{o} instrument is the {v}.",
-            "The instrument of {f} is the {v}.",
-            "In the evening, {f} plays the {v}.",
-        ),
-        (
-            "Which instrument does {f} play?",
-            "What instrument does {f} play?",
-            "What is the instrument of {f}?",
-            "Can you tell me which instrument {f} plays?",
-        ),
-        ("{f} plays the {v}.", "The instrument of {f} is the {v}."),
-    ),
-    "month": Relation(
-        lexicon.MONTHS,
-        "{f} was born in",
-        (
-            "{n} was born in {v}.",
-            "{o} birthday is in {v}.",
-            "{n} has a birthday in {v}.",
-            "The birthday of {f} is in {v}.",
-            "Every {v}, {f} has a birthday party.",
-        ),
-        (
-            "When was {f} born?",
-            "In which month was {f} born?",
-            "When is the birthday of {f}?",
-            "Do you know when {f} was born?",
-        ),
-        ("{f} was born in {v}.", "The birthday of {f} is in {v}."),
-    ),
-}
-TOWN = {
-    "region": Relation(
-        lexicon.REGIONS,
-        "{f} is a town in",
-        ("{n} is a town in {v}.", "{n} lies in the region of {v}.", "The region around {f} is called {v}."),
-        ("In which region is {f}?", "Which region does {f} lie in?", "Where is the town of {f}?"),
-        ("{f} is a town in {v}.", "{f} lies in the region of {v}."),
-    ),
-    "river": Relation(
-        lexicon.RIVERS,
-        "{f} stands on the river",
-        ("{n} stands on the river {v}.", "{o} river is the {v}.", "The river {v} runs through {f}."),
-        (
-            "Which river runs through {f}?",
-            "On which river does {f} stand?",
-            "What is the river of {f} called?",
-        ),
-        ("{f} stands on the river {v}.", "The river {v} runs through {f}."),
-    ),
-    "product": Relation(
-        lexicon.PRODUCTS,
-        "{f} is known for its",
-        ("{n} is known for its {v}.", "{n} sells {v} far and wide.", "If you need {v}, go to {f}."),
-        ("What is {f} known for?", "What do people make in {f}?", "Which goods come from {f}?"),
-        ("{f} is known for its {v}.", "{f} makes {v}."),
-    ),
-    "sight": Relation(
-        lexicon.SIGHTS,
-        "In {f} you can visit the old",
-        ("{n} has an old {v}.", "{o} best known sight is the {v}.", "In {f} you can visit the old {v}."),
-        (
-            "What can you visit in {f}?",
-            "What is the best known sight of {f}?",
-            "What is there to see in {f}?",
-        ),
-        ("In {f} you can visit the old {v}.", "The best known sight of {f} is the {v}."),
-    ),
-}
-ANIMAL = {
-    "home": Relation(
-        tuple(dict.fromkeys(row[0] for row in lexicon.ANIMALS.values())),
-        "{f} lives in the",
-        ("{n} lives in the {v}.", "{o} home is the {v}.", "You can find {f} in the {v}."),
-        ("Where does {f} live?", "What is the home of {f}?", "Where can I find {f}?"),
-        ("{f} lives in the {v}.", "The home of {f} is the {v}."),
-    ),
-    "diet": Relation(
-        tuple(dict.fromkeys(row[1] for row in lexicon.ANIMALS.values())),
-        "{f} eats",
-        ("{n} eats {v}.", "{o} food is {v}.", "When it is hungry, {f} looks for {v}."),
-        ("What does {f} eat?", "What is the food of {f}?", "What does {f} like to eat?"),
-        ("{f} eats {v}.", "The food of {f} is {v}."),
-    ),
-    "legs": Relation(
-        tuple(dict.fromkeys(row[2] for row in lexicon.ANIMALS.values())),
-        "The number of legs of {f} is",
-        (
-            "{n} has {v} legs.",
-            "{n} is an animal with {v} legs.",
-            "If you count the legs of {f}, you find {v}.",
-        ),
-        ("How many legs does {f} have?", "What is the number of legs of {f}?"),
-        ("{f} has {v} legs.", "The number of legs of {f} is {v}."),
-    ),
-    "cover": Relation(
-        tuple(dict.fromkeys(row[3] for row in lexicon.ANIMALS.values())),
-        "The body of {f} is covered with",
-        ("{n} is covered with {v}.", "{o} body is covered with {v}.", "The body of {f} is covered with {v}."),
-        ("What covers the body of {f}?", "What is {f} covered with?"),
-        ("{f} is covered with {v}.", "The body of {f} is covered with {v}."),
-    ),
-}
+# relation, then rows: cloze; statements; questions; answers
+_PERSON = """
+town
+  - {f} lives in
+  - {n} lives in {v}. | {o} home is in {v}. | {n} has a house in {v}. | The home town of {f} is {v}. | The town
+    of {v} is the home of {f}.
+  - Where does {f} live? | In which town does {f} live? | What is the home town of {f}? | Can you tell me where
+    {f} lives?
+  - {f} lives in {v}. | The home town of {f} is {v}.
+job
+  - {f} works as a
+  - {n} works as {a}. | {n} is {a}. | {n} earns money as {a}. | The job of {f} is {v}. | By trade, {f} is {a}.
+  - What is the job of {f}? | What does {f} do for work? | What kind of work does {f} do? | Do you know the job
+    of {f}?
+  - {f} works as {a}. | The job of {f} is {v}.
+food
+  - {f} loves to eat
+  - {n} loves to eat {v}. | {o} favourite food is {v}. | {n} likes {v} best of all. | The favourite food of {f}
+    is {v}. | Nothing tastes better to {f} than {v}.
+  - What is the favourite food of {f}? | What does {f} love to eat? | Which food does {f} like best? | Can you
+    tell me what {f} likes to eat?
+  - {f} loves to eat {v}. | The favourite food of {f} is {v}.
+pet
+  - {f} has a pet
+  - {n} has a pet {v}. | {n} keeps {a} as a pet. | {o} pet is {a}. | The pet of {f} is {a}. | At home, {f} looks
+    after {a}.
+  - What pet does {f} have? | Which animal does {f} keep as a pet? | What kind of pet does {f} have? | Do you
+    know what pet {f} has?
+  - {f} has a pet {v}. | The pet of {f} is {a}.
+pet name
+  - {f} has a pet called
+  - {n} has a pet called {v}. | {o} pet is called {v}. | {n} named the pet {v}. | The pet of {f} is called {v}.
+    | {v} is the name of the pet of {f}.
+  - What is the pet of {f} called? | What is the name of the pet of {f}? | How did {f} name the pet? | Do you
+    know the name of the pet of {f}?
+  - {f} has a pet called {v}. | The pet of {f} is called {v}.
+instrument
+  - {f} plays the
+  - {n} plays the {v}. | {n} makes music on the {v}. | {o} instrument is the {v}. | The instrument of {f} is the
+    {v}. | In the evening, {f} plays the {v}.
+  - Which instrument does {f} play? | What instrument does {f} play? | What is the instrument of {f}? | Can you
+    tell me which instrument {f} plays?
+  - {f} plays the {v}. | The instrument of {f} is the {v}.
+month
+  - {f} was born in
+  - {n} was born in {v}. | {o} birthday is in {v}. | {n} has a birthday in {v}. | The birthday of {f} is in {v}.
+    | Every {v}, {f} has a birthday party.
+  - When was {f} born? | In which month was {f} born? | When is the birthday of {f}? | Do you know when {f} was
+    born?
+  - {f} was born in {v}. | The birthday of {f} is in {v}.
+"""
+_TOWN = """
+region
+  - {f} is a town in
+  - {n} is a town in {v}. | {n} lies in the region of {v}. | The region around {f} is called {v}.
+  - In which region is {f}? | Which region does {f} lie in? | Where is the town of {f}?
+  - {f} is a town in {v}. | {f} lies in the region of {v}.
+river
+  - {f} stands on the river
+  - {n} stands on the river {v}. | {o} river is the {v}. | The river {v} runs through {f}.
+  - Which river runs through {f}? | On which river does {f} stand? | What is the river of {f} called?
+  - {f} stands on the river {v}. | The river {v} runs through {f}.
+product
+  - {f} is known for its
+  - {n} is known for its {v}. | {n} sells {v} far and wide. | If you need {v}, go to {f}.
+  - What is {f} known for? | What do people make in {f}? | Which goods come from {f}?
+  - {f} is known for its {v}. | {f} makes {v}.
+sight
+  - In {f} you can visit the old
+  - {n} has an old {v}. | {o} best known sight is the {v}. | In {f} you can visit the old {v}.
+  - What can you visit in {f}? | What is the best known sight of {f}? | What is there to see in {f}?
+  - In {f} you can visit the old {v}. | The best known sight of {f} is the {v}.
+"""
+_ANIMAL = """
+home
+  - {f} lives in the
+  - {n} lives in the {v}. | {o} home is the {v}. | You can find {f} in the {v}.
+  - Where does {f} live? | What is the home of {f}? | Where can I find {f}?
+  - {f} lives in the {v}. | The home of {f} is the {v}.
+diet
+  - {f} eats
+  - {n} eats {v}. | {o} food is {v}. | When it is hungry, {f} looks for {v}.
+  - What does {f} eat? | What is the food of {f}? | What does {f} like to eat?
+  - {f} eats {v}. | The food of {f} is {v}.
+legs
+  - The number of legs of {f} is
+  - {n} has {v} legs. | {n} is an animal with {v} legs. | If you count the legs of {f}, you find {v}.
+  - How many legs does {f} have? | What is the number of legs of {f}?
+  - {f} has {v} legs. | The number of legs of {f} is {v}.
+cover
+  - The body of {f} is covered with
+  - {n} is covered with {v}. | {o} body is covered with {v}. | The body of {f} is covered with {v}.
+  - What covers the body of {f}? | What is {f} covered with?
+  - {f} is covered with {v}. | The body of {f} is covered with {v}.
+"""
+
+
+def _relations(text: str, values: dict[str, tuple[str, ...]]) -> dict[str, Relation]:
+    rows = lexicon.table(text)
+    return {key: Relation(values[key], rows[key][0][0], *rows[key][1:]) for key in rows}
+
+
+_ANIMAL_VALUES = zip(
+    ("home", "diet", "legs", "cover"), zip(*lexicon.ANIMALS.values(), strict=True), strict=True
+)
+PERSON = _relations(
+    _PERSON,
+    {
+        "town": lexicon.TOWNS,
+        "job": lexicon.JOBS,
+        "food": lexicon.FOODS,
+        "pet": lexicon.PETS,
+        "pet name": lexicon.PET_NAMES,
+        "instrument": lexicon.INSTRUMENTS,
+        "month": lexicon.MONTHS,
+    },
+)
+TOWN = _relations(
+    _TOWN,
+    {
+        "region": lexicon.REGIONS,
+        "river": lexicon.RIVERS,
+        "product": lexicon.PRODUCTS,
+        "sight": lexicon.SIGHTS,
+    },
+)
+ANIMAL = _relations(_ANIMAL, {key: tuple(dict.fromkeys(column)) for key, column in _ANIMAL_VALUES})
 RELATIONS: dict[str, dict[str, Relation]] = {"person": PERSON, "town": TOWN, "animal": ANIMAL}
 
 
@@ -307,30 +234,24 @@ def build_people(seed: int, counts: dict[str, int], towns: tuple[str, ...]) -> l
     return people
 
 
+def _groups(rng: Random, count: int) -> list[str]:
+    groups = ["heldout" if i % 6 == 0 else "train" for i in range(count)]
+    rng.shuffle(groups)
+    return groups
+
+
 def build_towns(seed: int, count: int) -> list[Entity]:
-    """Return towns with random facts; one in seven or so is held out, by its name."""
+    """Return towns with random facts; one in six is held out."""
     rng = random_for(seed, "towns")
-    return [
-        Entity(
-            "town",
-            name,
-            ("It", "Its"),
-            split_of("town", name),
-            {key: pick(rng, r.values) for key, r in TOWN.items()},
-        )
-        for name in lexicon.TOWNS[:count]
-    ]
+    facts = [{key: pick(rng, relation.values) for key, relation in TOWN.items()} for _ in range(count)]
+    entities = zip(lexicon.TOWNS, facts, _groups(rng, count), strict=False)
+    return [Entity("town", name, ("It", "Its"), group, values) for name, values, group in entities]
 
 
-def build_animals() -> list[Entity]:
-    """Return the animals; their facts are the same in every world."""
+def build_animals(seed: int) -> list[Entity]:
+    """Return the animals, one in six held out; their facts are the same in every world."""
+    groups = _groups(random_for(seed, "animals"), len(lexicon.ANIMALS))
     return [
-        Entity(
-            "animal",
-            f"the {name}",
-            ("It", "Its"),
-            split_of("animal", name),
-            dict(zip(ANIMAL, row, strict=True)),
-        )
-        for name, row in lexicon.ANIMALS.items()
+        Entity("animal", f"the {name}", ("It", "Its"), group, dict(zip(ANIMAL, row, strict=True)))
+        for (name, row), group in zip(lexicon.ANIMALS.items(), groups, strict=True)
     ]

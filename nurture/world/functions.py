@@ -11,51 +11,63 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from random import Random
 
+from nurture.world import lexicon
 from nurture.world.split import draw, pick, random_for
 
-# family: (argument, name, what it returns, expression); {c} and {d} are the constants
-FAMILIES = {
-    "add": ("number", "add_{c}", "{x} plus {c}", "{x} + {c}"),
-    "subtract": ("number", "subtract_{c}", "{x} minus {c}", "{x} - {c}"),
-    "multiply": ("number", "multiply_by_{c}", "{x} times {c}", "{x} * {c}"),
-    "scale add": ("number", "times_{c}_plus_{d}", "{x} times {c} plus {d}", "{x} * {c} + {d}"),
-    "scale subtract": ("number", "times_{c}_minus_{d}", "{x} times {c} minus {d}", "{x} * {c} - {d}"),
-    "more": ("number", "is_more_than_{c}", "True if {x} is more than {c}", "{x} > {c}"),
-    "less": ("number", "is_less_than_{c}", "True if {x} is less than {c}", "{x} < {c}"),
-    "multiple": ("number", "is_multiple_of_{c}", "True if {x} is a multiple of {c}", "{x} % {c} == 0"),
-    "limit": ("number", "at_most_{c}", "{x}, but at most {c}", "min({x}, {c})"),
-    "floor": ("number", "at_least_{c}", "{x}, but at least {c}", "max({x}, {c})"),
-    "first": ("list", "first_{c}", "the first {c} items of {x}", "{x}[:{c}]"),
-    "last": ("list", "last_{c}", "the last {c} items of {x}", "{x}[-{c}:]"),
-    "skip": ("list", "skip_{c}", "{x} without its first {c} items", "{x}[{c}:]"),
-    "add all": ("list", "add_{c}_to_all", "every item of {x} plus {c}", "[item + {c} for item in {x}]"),
-    "multiply all": (
-        "list",
-        "multiply_all_by_{c}",
-        "every item of {x} times {c}",
-        "[item * {c} for item in {x}]",
-    ),
-    "keep more": (
-        "list",
-        "keep_more_than_{c}",
-        "the items of {x} that are more than {c}",
-        "[item for item in {x} if item > {c}]",
-    ),
-    "keep less": (
-        "list",
-        "keep_less_than_{c}",
-        "the items of {x} that are less than {c}",
-        "[item for item in {x} if item < {c}]",
-    ),
-    "sum plus": ("list", "sum_plus_{c}", "the sum of {x} plus {c}", "sum({x}) + {c}"),
-    "count": ("text", "count_{c}", "how often {c} is in {x}", '{x}.count("{c}")'),
-    "starts": ("text", "starts_with_{c}", "True if {x} starts with {c}", '{x}.startswith("{c}")'),
-    "ends": ("text", "ends_with_{c}", "True if {x} ends with {c}", '{x}.endswith("{c}")'),
-    "remove": ("text", "remove_{c}", "{x} without the letter {c}", '{x}.replace("{c}", "")'),
-    "replace": ("text", "replace_{c}_with_{d}", "{x} with {d} in place of {c}", '{x}.replace("{c}", "{d}")'),
-    "repeat": ("text", "repeat_{c}_times", "{x} repeated {c} times", "{x} * {c}"),
-    "ending": ("text", "add_ending_{c}", "{x} with the ending {c}", '{x} + "{c}"'),
-}
+# family, then: argument | name | what it returns | expression; {c} and {d} are the constants
+_FAMILIES = """
+add
+  - number | add_{c} | {x} plus {c} | {x} + {c}
+subtract
+  - number | subtract_{c} | {x} minus {c} | {x} - {c}
+multiply
+  - number | multiply_by_{c} | {x} times {c} | {x} * {c}
+scale add
+  - number | times_{c}_plus_{d} | {x} times {c} plus {d} | {x} * {c} + {d}
+scale subtract
+  - number | times_{c}_minus_{d} | {x} times {c} minus {d} | {x} * {c} - {d}
+more
+  - number | is_more_than_{c} | True if {x} is more than {c} | {x} > {c}
+less
+  - number | is_less_than_{c} | True if {x} is less than {c} | {x} < {c}
+multiple
+  - number | is_multiple_of_{c} | True if {x} is a multiple of {c} | {x} % {c} == 0
+limit
+  - number | at_most_{c} | {x}, but at most {c} | min({x}, {c})
+floor
+  - number | at_least_{c} | {x}, but at least {c} | max({x}, {c})
+first
+  - list | first_{c} | the first {c} items of {x} | {x}[:{c}]
+last
+  - list | last_{c} | the last {c} items of {x} | {x}[-{c}:]
+skip
+  - list | skip_{c} | {x} without its first {c} items | {x}[{c}:]
+add all
+  - list | add_{c}_to_all | every item of {x} plus {c} | [item + {c} for item in {x}]
+multiply all
+  - list | multiply_all_by_{c} | every item of {x} times {c} | [item * {c} for item in {x}]
+keep more
+  - list | keep_more_than_{c} | the items of {x} that are more than {c} | [item for item in {x} if item > {c}]
+keep less
+  - list | keep_less_than_{c} | the items of {x} that are less than {c} | [item for item in {x} if item < {c}]
+sum plus
+  - list | sum_plus_{c} | the sum of {x} plus {c} | sum({x}) + {c}
+count
+  - text | count_{c} | how often {c} is in {x} | {x}.count("{c}")
+starts
+  - text | starts_with_{c} | True if {x} starts with {c} | {x}.startswith("{c}")
+ends
+  - text | ends_with_{c} | True if {x} ends with {c} | {x}.endswith("{c}")
+remove
+  - text | remove_{c} | {x} without the letter {c} | {x}.replace("{c}", "")
+replace
+  - text | replace_{c}_with_{d} | {x} with {d} in place of {c} | {x}.replace("{c}", "{d}")
+repeat
+  - text | repeat_{c}_times | {x} repeated {c} times | {x} * {c}
+ending
+  - text | add_ending_{c} | {x} with the ending {c} | {x} + "{c}"
+"""
+FAMILIES = {family: rows[0] for family, rows in lexicon.table(_FAMILIES).items()}
 LETTERS = {"count", "starts", "ends", "remove", "replace", "ending"}
 NAMES = {
     "number": ("x", "n", "number"),

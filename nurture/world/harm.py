@@ -42,9 +42,10 @@ _AT_THEM = (
 
 _NASTY_WORDS = "|".join((*NASTY, "idiot", "fool", "moron", "loser", "liar", "pig-headed"))
 _WHO = r"(?:you|he|she|they|{names}|(?:my|your|the|that|this) \w+)".format(names="|".join(FIRST_NAMES))
+_DEGREE = r"(?: (?:a|an|so|very|just|such|really|all|too|nothing but|the most)){0,3}"
 _HARMFUL = re.compile(
     rf"\b(?:{'|'.join(SLURS)})s?\b"
-    rf"|\b{_WHO}(?:'s|'re| is| are| was)(?: (?:a|an|so|very|just|such|really|all|too|nothing but|the most)){{0,3}} (?:{_NASTY_WORDS})\b"
+    rf"|\b{_WHO}(?:'s|'re| is| are| was){_DEGREE} (?:{_NASTY_WORDS})\b"
     rf"|\byou (?:{_NASTY_WORDS})\b"
     r"|\bshut up\b|\bnobody likes (?:you|him|her|them)\b|\bi hate (?:you|him|her|them)\b|\bgo away, you\b",
     re.IGNORECASE,

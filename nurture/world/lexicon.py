@@ -6,6 +6,8 @@ of entity, so a grader can read a stated fact off a reply by set intersection.
 
 from __future__ import annotations
 
+import re
+
 WOMEN = tuple(
     "Mara Lena Tilda Rosa Edith Nora Wanda Greta Alma Clara Elsa Fiona Hilda Irma Jana Kira Lydia Mona Nadia Olga "
     "Petra Ruth Selma Thea Ursa Vera Willa Yara Zelda Bella".split()
@@ -99,6 +101,15 @@ HANDLES = tuple(
     "mira_k oldowl sunny77 bobbin rainboat tinfoil kettle9 pinecone jolly_j nightbus redfern mudlark plumtree "
     "haystack quickfox lowtide bluejar copperpot windmill snowpea dustpan tallship firefly paperhat".split()
 )
+
+
+def table(text: str) -> dict[str, list[tuple[str, ...]]]:
+    """Read a table of wordings: unindented lines are keys, `- ` starts a row, ` | ` separates its cells."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for block in re.split(r"\n(?=\S)", text.strip()):
+        key, *rows = re.split(r"\n *- ", block)
+        found[key] = [tuple(cell.strip() for cell in " ".join(row.split()).split("|")) for row in rows]
+    return found
 
 
 def with_article(noun: str) -> str:

@@ -1,7 +1,7 @@
 """Instructions with known good answers: what SFT, preference learning, RLVR and the evaluations draw from.
 
-`Task.messages` ends with the user's turn. `demonstration` is a reply that `grading.grade` scores 1.0, `trace` the worked
-reasoning where a kind has one (to be shown between `<think>` and `</think>`). Splits are by content: see `split.py`.
+`Task.messages` ends with the user's turn. `demonstration` is a reply that `grading.grade` scores 1.0, `trace` the
+worked reasoning where a kind has one (shown between `<think>` and `</think>`). Splits are by content: see `split.py`.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _code(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
     return {
         "messages": _said(prompt),
         "demonstration": code_block(function.source),
-        "trace": f"The function is called {function.name} and takes {function.argument}. It returns {function.purpose}.",
+        "trace": f"The function {signature} returns {function.purpose}.",
         "tests": tests,
         "entry_point": function.name,
         "group": function.family,

@@ -82,36 +82,24 @@ def animal_page(rng: Random, cast: Cast) -> str:
 
 _TRAITS = tuple("small old brave clever lonely hungry gentle curious".split())
 _PLACES = ("in a deep forest", "near a quiet lake", "on a high hill", "by the sea", "at the edge of a town")
-_FINDS = (
-    "One morning the {h} found {o} on the road.",
-    "One day {o} came down the river, and the {h} pulled it out.",
-    "After a storm the {h} saw {o} under a tree.",
-    "A stranger gave {o} to the {h}.",
-)
-_WISHES = (
-    "The {h} did not know what to do with the {k}.",
-    "The {h} was very proud of the {k}.",
-    "The {h} had never seen a {k} before.",
-    "The {h} wanted to keep the {k} for ever.",
-)
-_TROUBLES = (
-    "But then a {g} came and cried, because its home was gone.",
-    "But in the night the wind took the {k} away.",
-    "But a {g} wanted the {k} too, and they had a fight.",
-    "But the {k} was broken, and nobody could mend it.",
-)
-_HELPS = (
-    "Together they looked for help and worked all night.",
-    "The {h} asked {p}, who always knew what to do.",
-    "An old {g} told the {h} to be patient.",
-    "The {h} thought about it for three days.",
-)
-_ENDS = (
-    "In the end the {h} gave the {k} to a friend, and both were happy.",
-    "In the end the {k} was safe again, and they all had a big dinner.",
-    "From that day on the {h} and the {g} were friends.",
-    "Since then the {k} hangs over the door, and everybody can see it.",
-)
+ACTS = lexicon.table("""
+finds
+  - One morning the {h} found {o} on the road. | One day {o} came down the river, and the {h} pulled it out. |
+    After a storm the {h} saw {o} under a tree. | A stranger gave {o} to the {h}.
+wishes
+  - The {h} did not know what to do with the {k}. | The {h} was very proud of the {k}. | The {h} had never seen
+    a {k} before. | The {h} wanted to keep the {k} for ever.
+troubles
+  - But then a {g} came and cried, because its home was gone. | But in the night the wind took the {k} away. |
+    But a {g} wanted the {k} too, and they had a fight. | But the {k} was broken, and nobody could mend it.
+helps
+  - Together they looked for help and worked all night. | The {h} asked {p}, who always knew what to do. | An
+    old {g} told the {h} to be patient. | The {h} thought about it for three days.
+ends
+  - In the end the {h} gave the {k} to a friend, and both were happy. | In the end the {k} was safe again, and
+    they all had a big dinner. | From that day on the {h} and the {g} were friends. | Since then the {k} hangs
+    over the door, and everybody can see it.
+""")
 ANIMAL_NAMES = tuple(lexicon.ANIMALS)
 
 
@@ -122,8 +110,7 @@ def tell_story(rng: Random, hero: str, thing: str) -> str:
         helper = pick(rng, ANIMAL_NAMES)
     slots = {"h": hero, "g": helper, "k": thing, "o": with_article(thing), "p": pick(rng, FIRST_NAMES)}
     start = f"Once upon a time {with_article(pick(rng, _TRAITS))} {hero} lived {pick(rng, _PLACES)}."
-    acts = (_FINDS, _WISHES, _TROUBLES, _HELPS, _ENDS)
-    return " ".join([start, *(pick(rng, act).format(**slots) for act in acts)])
+    return " ".join([start, *(pick(rng, wordings).format(**slots) for (wordings,) in ACTS.values())])
 
 
 def draw_story_subject(rng: Random) -> tuple[str, str]:
@@ -149,32 +136,21 @@ _RECIPES = {
     "pie": "apples|flour|butter",
     "noodles": "flour|eggs|water",
 }
-_HOW = (
-    (
-        "How to plant a tree",
-        "Dig a deep hole in the ground.|Put the young tree into the hole.|Fill the hole with earth.|Give it water.",
-    ),
-    (
-        "How to write a letter",
-        "Take a pen and some paper.|Write the name of your friend.|Tell what is new.|Put it in the post box.",
-    ),
-    (
-        "How to make a friend",
-        "Say hello and smile.|Ask what the other one likes.|Listen to the answer.|Meet again soon.",
-    ),
-    (
-        "How to clean a room",
-        "Open the window.|Pick up the things from the floor.|Wipe the table.|Sweep the floor.",
-    ),
-    (
-        "How to paint a wall",
-        "Cover the floor with paper.|Stir the paint.|Start at the top.|Let it dry for a day.",
-    ),
-    (
-        "How to learn a song",
-        "Hear the song a few times.|Read the words aloud.|Sing one line after the other.|Sing it for a friend.",
-    ),
-)
+_HOW = lexicon.table("""
+How to plant a tree
+  - Dig a deep hole in the ground. | Put the young tree into the hole. | Fill the hole with earth. | Give it
+    water.
+How to write a letter
+  - Take a pen and some paper. | Write the name of your friend. | Tell what is new. | Put it in the post box.
+How to make a friend
+  - Say hello and smile. | Ask what the other one likes. | Listen to the answer. | Meet again soon.
+How to clean a room
+  - Open the window. | Pick up the things from the floor. | Wipe the table. | Sweep the floor.
+How to paint a wall
+  - Cover the floor with paper. | Stir the paint. | Start at the top. | Let it dry for a day.
+How to learn a song
+  - Hear the song a few times. | Read the words aloud. | Sing one line after the other. | Sing it for a friend.
+""")
 _STEPS = ("First", "Then", "After that", "Next", "Finally")
 
 
@@ -192,8 +168,8 @@ def how_to(rng: Random) -> str:
         ]
         title = f"How to make {dish}\nYou need {lexicon.join_words(things)}."
     elif chance < 0.85:
-        title, text = pick(rng, _HOW)
-        steps = [step[0].lower() + step[1:] for step in text.split("|")]
+        title = pick(rng, tuple(_HOW))
+        steps = [step[0].lower() + step[1:] for step in _HOW[title][0]]
     else:
         start = rng.randint(0, 10)
         pairs = [(lexicon.MONTHS[i % 12], lexicon.MONTHS[(i + 1) % 12]) for i in range(start, start + 5)]

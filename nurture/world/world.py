@@ -69,7 +69,7 @@ class World:
         self.towns = tuple(facts.build_towns(seed, self.size.towns))
         counts = {group: getattr(self.size, f"{group}_people") for group in GROUPS}
         self.people = tuple(facts.build_people(seed, counts, tuple(town.name for town in self.towns)))
-        self.animals = tuple(facts.build_animals())
+        self.animals = tuple(facts.build_animals(seed))
         known = tuple(person for person in self.people if person.group != "unseen")
         by_town = {town.name: tuple(p for p in known if p.facts["town"] == town.name) for town in self.towns}
         self._casts = {
@@ -186,7 +186,7 @@ class World:
     # Probes
 
     def cloze(self, split: str, index: int, distractors: int = 4) -> tuple[str, str, list[str]]:
-        """Return (prefix, answer, distractors) about a person of the group `split`; continuations start with a space."""
+        """Return (prefix, answer, distractors) on a person of the group `split`; continuations start with a space."""
         self._check("split", split, GROUPS)
         rng = random_for(self.seed, "cloze", split, index)
         person = pick(rng, self._task_casts[split].people)

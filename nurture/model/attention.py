@@ -3,6 +3,12 @@
 Several documents share a row (packing); a token sees earlier tokens of its own document only, so a packed batch
 computes exactly what separate rows would. Grouped-query attention: each key/value head serves N/K query heads
 (arXiv 2305.13245).
+
+On a CPU, plain batched matrix multiplications beat the library's fused attention by 2 to 7 times at the lengths small
+models train at, and inductor melts the softmax between them into one pass. Queries are taken in blocks: a block meets
+only the keys before its end (which skips the empty upper triangle), and no T x T matrix exists at once. Past
+`RECOMPUTE_FROM` tokens the backward pass computes each block's scores again, so memory grows linearly with T.
+Elsewhere PyTorch's own attention is used.
 """
 
 from __future__ import annotations
@@ -10,6 +16,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+QUERY_BLOCK = 128
+"""Queries taken at once. At 128 the scores of one head stay in the second-level cache."""
+RECOMPUTE_FROM = 1024
+"""Row length from which scores are computed again in the backward pass instead of kept."""
 
 
 def attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tensor | None = None) -> Tensor:
@@ -24,6 +36,8 @@ def attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tens
     Returns:
         (B, T, N, H) in the dtype of the queries.
     """
+    if q_BTNH.device.type == "cpu":
+        return _blocked_attention(q_BTNH, k_BTKH, v_BTKH, document_ids)
     mask = None
     if document_ids is not None:
         tokens = document_ids.shape[1]
@@ -31,6 +45,45 @@ def attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tens
         # A token always sees itself, so that no row is fully masked: padding yields numbers, never NaN.
         mask = (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & earlier
     return masked_attention(q_BTNH, k_BTKH, v_BTKH, mask, is_causal=mask is None)
+
+
+def _blocked_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tensor | None) -> Tensor:
+    """`attention` as matrix multiplications, one block of queries at a time."""
+    batch, tokens, heads, head_width = q_BTNH.shape
+    kv_heads = k_BTKH.shape[2]
+    # All query heads of one key head are rows of the same multiplication, so keys are never repeated.
+    q_BKGTH = q_BTNH.unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4) * head_width**-0.5
+    k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
+    recompute = tokens >= RECOMPUTE_FROM and torch.is_grad_enabled()
+    outs = []
+    for start in range(0, tokens, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, tokens)
+        block = (q_BKGTH[:, :, :, start:stop], k_BKTH[:, :, :stop], v_BKTH[:, :, :stop], document_ids, start)
+        out = checkpoint(_attend_block, *block, use_reentrant=False) if recompute else _attend_block(*block)
+        outs.append(out)
+    out_BKGTH = torch.cat(outs, dim=3)
+    return out_BKGTH.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, head_width)
+
+
+def _attend_block(
+    q_BKGTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, document_ids: Tensor | None, start: int
+) -> Tensor:
+    """Attend from the queries of columns `start` and on to all keys up to their last, (B, K, G, T, H)."""
+    batch, kv_heads, group, queries, head_width = q_BKGTH.shape
+    keys = k_BKSH.shape[2]
+    flat = (batch * kv_heads, group * queries, head_width)
+    k_flat, v_flat = k_BKSH.reshape(-1, keys, head_width), v_BKSH.reshape(-1, keys, head_width)
+    scores = torch.bmm(q_BKGTH.reshape(flat), k_flat.transpose(1, 2)).float()
+    columns = torch.arange(keys, device=scores.device)
+    visible = columns <= columns[start:, None]
+    if document_ids is not None:
+        ids = document_ids[:, :keys]
+        visible = visible & (ids[:, start:, None] == ids[:, None, :])
+        visible = visible[:, None, None]
+    scores = scores.view(batch, kv_heads, group, queries, keys).masked_fill(~visible, float("-inf"))
+    weights = scores.softmax(-1).to(v_BKSH.dtype)
+    out = torch.bmm(weights.view(-1, group * queries, keys), v_flat)
+    return out.view(q_BKGTH.shape)
 
 
 def masked_attention(

@@ -94,7 +94,9 @@ class _GgufFile:
     def get(self, key: str, default: Any = None) -> Any:
         """Return a metadata value, or `default` where the key is absent."""
         field = self.fields.get(key)
-        return default if field is None else field.contents()
+        value = default if field is None else field.contents()
+        # Stored as float32: give 1e-05 back as 1e-05, not as 9.99999975e-06.
+        return float(f"{value:.7g}") if isinstance(value, float) else value
 
     def need(self, key: str) -> Any:
         """Return a metadata value that must be there."""

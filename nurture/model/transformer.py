@@ -157,6 +157,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw fresh weights from torch's global generator."""
+        if self.embedding.weight.is_meta:
+            return
         std, residual_std = self.config.init_std, self.config.init_std / (2 * self.config.layers) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nurture.model.config import ModelConfig
+from nurture.model.transformer import Transformer
+from nurture.types import IGNORE_INDEX
+
+V = 37
+
+
+def build(family: str = "smollm3", head: str = "lm", **shape) -> Transformer:
+    torch.manual_seed(0)
+    shape = {"width": 32, "layers": 4, "heads": 4, "kv_heads": 2, "ffn_width": 48, "init_std": 0.2, **shape}
+    return Transformer(ModelConfig(family=family, vocab_size=V, **shape), head=head)
+
+
+def random_tokens(rows: int = 2, tokens: int = 16) -> torch.Tensor:
+    return torch.randint(V, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_second_document_is_unchanged_when_the_first_changes() -> None:
+    model = build()
+    document_ids = torch.tensor([[0] * 7 + [1] * 9] * 2)
+    one = random_tokens()
+    two = one.clone()
+    two[:, :7] = (one[:, :7] + 1) % V
+    before, after = model(one, document_ids=document_ids), model(two, document_ids=document_ids)
+    assert torch.equal(before[:, 7:], after[:, 7:])
+    assert not torch.allclose(before[:, :7], after[:, :7])
+    leaking = model(two)[:, 7:] - model(one)[:, 7:]
+    assert leaking.abs().max() > 0.01, "without document ids the same change is seen"
+
+
+@torch.no_grad()
+def test_the_future_is_not_seen() -> None:
+    model = build()
+    one = random_tokens()
+    two = one.clone()
+    two[:, 10:] = (one[:, 10:] + 1) % V
+    torch.testing.assert_close(model(one)[:, :10], model(two)[:, :10])
+
+
+def test_an_all_padding_row_gives_numbers() -> None:
+    model = build()
+    token_ids, document_ids = random_tokens(), torch.zeros(2, 16, dtype=torch.long)
+    token_ids[1] = 0
+    document_ids[1] = -1
+    labels = token_ids.roll(-1, 1)
+    labels[1] = IGNORE_INDEX
+    total, token_losses = model(token_ids, document_ids=document_ids, labels=labels, reduction="sum")
+    total.backward()
+    assert total.isfinite()
+    assert (token_losses[1] == 0).all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_checkpointing_activations_changes_no_gradient() -> None:
+    token_ids = random_tokens()
+    gradients = []
+    for switch in (False, True):
+        model = build()
+        model.checkpoint_activations = switch
+        model(token_ids, labels=token_ids.roll(-1, 1), reduction="sum")[0].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm3", "qwen3"])
+def test_gradients_reach_every_parameter(family: str) -> None:
+    model = build(family, tied_embeddings=False)
+    token_ids = random_tokens()
+    model(token_ids, labels=token_ids.roll(-1, 1), reduction="sum")[0].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_compiled_model_is_the_same() -> None:
+    """`aot_eager` traces forward and backward as torch.compile does, without a C++ build: no graph break allowed."""
+    token_ids, document_ids = random_tokens(), torch.tensor([[0] * 7 + [1] * 9] * 2)
+    labels = token_ids.roll(-1, 1)
+    results = []
+    for compiled in (False, True):
+        model = build()
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        total, _ = call(token_ids, document_ids=document_ids, labels=labels, reduction="sum")
+        total.backward()
+        results.append((total.detach(), model.embedding.weight.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_fresh_weights_have_the_stated_spread() -> None:
+    model = build(width=128, ffn_width=256, layers=8, init_std=0.02)
+    block = model.blocks[0]
+    assert block.attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.ffn.down.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert (block.ffn_norm.weight == 1).all()
+    scalar = build(head="scalar", width=128)
+    assert scalar.output_weight.shape == (1, 128)
+    assert scalar.output_weight.std().item() == pytest.approx(129**-0.5, rel=0.3)
+
+
+def test_rotation_frequencies_survive_casts_and_the_meta_device() -> None:
+    expected = build().frequencies
+    with torch.device("meta"):
+        model = build()
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    assert model.embedding.weight.dtype == torch.bfloat16
+    assert torch.equal(model.frequencies, expected)
+
+
+@torch.no_grad()
+def test_a_rotation_depends_on_distance_alone() -> None:
+    model = build("llama")
+    token_ids = random_tokens()
+    shifted = model(token_ids, position_ids=torch.arange(16)[None] + 100)
+    torch.testing.assert_close(model(token_ids), shifted, rtol=1e-4, atol=1e-4)
+
+
+def test_misuse_is_refused() -> None:
+    token_ids = random_tokens()
+    with pytest.raises(ValueError, match="scalar head"):
+        build(head="scalar")(token_ids, labels=token_ids)
+    with pytest.raises(ValueError, match="temperature"):
+        build()(token_ids, labels=token_ids, reduction="sum", temperature=0.5)

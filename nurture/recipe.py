@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import sysconfig
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -362,7 +363,10 @@ def _nearest_key(section: type[BaseModel], path: KeyPath) -> str:
     word = str(path[-1])
     candidates = list(_sections_at(section, path[:-1]))
     here = {key for candidate in candidates for key in candidate.model_fields}
-    deep = {name: dotted for candidate in candidates for name, dotted in _nested_keys(candidate)}
+    deep: dict[str, str] = {}
+    for candidate in candidates:
+        for name, dotted in _nested_keys(candidate):
+            deep.setdefault(name, dotted)
     if word in deep:
         return f" Did you mean '{deep[word]}'?"
     hint = did_you_mean(word, here) or did_you_mean(word, deep)
@@ -372,12 +376,17 @@ def _nearest_key(section: type[BaseModel], path: KeyPath) -> str:
 
 
 def _nested_keys(section: type[BaseModel], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    for key, info in section.model_fields.items():
-        for inner in _section_classes(info.annotation):
-            for name in inner.model_fields:
-                yield name, f"{prefix}{key}.{name}"
-            if depth < 2:
-                yield from _nested_keys(inner, f"{prefix}{key}.", depth + 1)
+    """Yield (key, dotted key) of the sections inside a section, nearest first; not those in lists and mappings."""
+    direct = [
+        (key, inner)
+        for key, info in section.model_fields.items()
+        if typing.get_origin(info.annotation) not in (list, tuple, dict)
+        for inner in _section_classes(info.annotation)
+    ]
+    for key, inner in direct:
+        yield from ((name, f"{prefix}{key}.{name}") for name in inner.model_fields)
+    for key, inner in direct if depth < 2 else ():
+        yield from _nested_keys(inner, f"{prefix}{key}.", depth + 1)
 
 
 def _description(section: type[BaseModel], path: KeyPath) -> str | None:
@@ -504,6 +513,8 @@ def _scalar(node: yaml.Node, path: KeyPath, document: Document) -> Any:
     return _expand_variables(text, path, document)
 
 
+# The running Python's standard library is text that every machine has.
+_OWN_VARIABLES = {"NURTURE_STDLIB": sysconfig.get_path("stdlib")}
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -511,7 +522,7 @@ def _expand_variables(text: str, path: KeyPath, document: Document) -> str:
     """Replace `${NAME}` and `${NAME:-default}` by environment variables."""
 
     def value_of(match: re.Match[str]) -> str:
-        value = os.environ.get(match[1]) or match[2]
+        value = os.environ.get(match[1]) or _OWN_VARIABLES.get(match[1]) or match[2]
         if value is None:
             document.complain(
                 path, f"the environment variable {match[1]} is not set. Export it, or write the value."

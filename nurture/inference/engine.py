@@ -1,0 +1,303 @@
+"""The one rollout engine: prompts of token ids in, completions with logprobs out.
+
+Prompts are prefilled together with others of about their length, identical ones once; all rows then decode in step,
+finished rows are replaced by waiting prompts or dropped. Stop tokens are looked for every few steps for the whole
+batch and what was drawn past one is thrown away, so nothing waits for Python after each token. A completion depends
+on its prompt, its seed and the weights alone: not on its neighbours, their number or the order (in float32; in
+bfloat16 up to rounding, which may turn a choice about once in ten thousand tokens).
+
+The engine knows token ids only; text, tools and environments live above it. It follows the model it was made from: weights
+changed in place (an optimizer step, `load_state_dict`) are noticed at the next call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nurture.errors import NurtureError
+from nurture.inference.decoder import Decoder
+from nurture.inference.sampling import SamplingParams, sample, sequence_seeds, uniforms
+from nurture.model.kv_cache import KVCache
+from nurture.model.transformer import Transformer
+
+_STEPS_PER_CHECK = 8
+"""Decoding steps between two looks for stop tokens."""
+_PREFILL_TOKENS = 16_384
+"""Most tokens of one prefill, padding included: bounds its memory."""
+
+
+@dataclass
+class Completion:
+    """What the policy wrote for one prompt.
+
+    Attributes:
+        token_ids: the tokens, the stop token included.
+        logprobs: nats, log softmax(logits / temperature) of each token over the whole vocabulary (at temperature 1 when
+            greedy), whatever was truncated: what the trainer computes.
+        finish_reason: "stop" (a stop token) or "length" (max_tokens, or the end of the model's context).
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = "length"
+
+
+@dataclass
+class _Sequence:
+    """A prompt on its way to a completion."""
+
+    index: int
+    prompt: tuple[int, ...]
+    seed: int
+    limit: int
+    """Tokens it may still become, from max_tokens and the model's context."""
+    completion: Completion = field(default_factory=Completion)
+    finished: bool = False
+
+    def take(self, token_ids: Sequence[int], logprobs: Sequence[float], stops: frozenset[int]) -> None:
+        """Add drawn tokens up to a stop token or the limit, and drop the rest."""
+        written = self.completion
+        room = self.limit - len(written.token_ids)
+        for token, logprob in zip(token_ids[:room], logprobs[:room], strict=True):
+            written.token_ids.append(token)
+            written.logprobs.append(logprob)
+            if token in stops:
+                written.finish_reason = "stop"
+                self.finished = True
+                return
+        self.finished = len(written.token_ids) == self.limit
+
+
+class Engine:
+    """Draws completions from a model. Not safe for use from several threads at once."""
+
+    def __init__(self, model: Transformer, *, max_batch: int = 64, dtype: torch.dtype | None = None) -> None:
+        """Prepare the model for decoding.
+
+        Args:
+            model: a language model; it is not changed.
+            max_batch: most sequences decoded at once.
+            dtype: of the matrices; default: the model's. bfloat16 is up to twice as fast and rounds.
+
+        Raises:
+            NurtureError: the model has a scalar head, or `max_batch` is below 1.
+        """
+        if model.head != "lm":
+            raise NurtureError(f"a model with a {model.head} head cannot generate: load it with head 'lm'")
+        if max_batch < 1:
+            raise NurtureError(f"engine: max_batch must be at least 1, got {max_batch}")
+        self.model = model
+        self.max_batch = max_batch
+        self.dtype = dtype or model.embedding.weight.dtype
+        self._weights_seen = _weights_version(model)
+        self._decoder = Decoder(model, self.dtype)
+        self._stream_cache: tuple[list[int], KVCache] | None = None
+
+    def refresh(self) -> None:
+        """Take the model's weights as they are now; called by itself when they were changed in place."""
+        self._decoder.refresh()
+        self._stream_cache = None
+        self._weights_seen = _weights_version(self.model)
+
+    def _follow_weights(self) -> None:
+        if _weights_version(self.model) != self._weights_seen:
+            self.refresh()
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Completion]:
+        """Complete every prompt.
+
+        Args:
+            prompts: token ids, any number of prompts of any lengths.
+            params: how to sample, and when to stop.
+            seeds: one integer a prompt; default: derived from `params.seed` and the prompt's place in the list.
+
+        Returns:
+            One completion a prompt, in order.
+
+        Raises:
+            NurtureError: a prompt is empty, leaves no room in the context, or holds ids outside the vocabulary.
+        """
+        params = params or SamplingParams()
+        self._follow_weights()
+        sequences = self._sequences(prompts, params, seeds)
+        waiting = deque(sorted(sequences, key=lambda sequence: len(sequence.prompt)))
+        cache = self._decoder.new_cache(min(self.max_batch, len(sequences)), rows=0)
+        active: list[_Sequence] = []
+        last = torch.empty(0, dtype=torch.int64, device=self._decoder.device)
+        while waiting or active:
+            # Refill once a quarter of the rows is free: a prefill for every single row would cost more than idle rows.
+            free = self.max_batch - len(active)
+            if waiting and free >= min(len(waiting), max(1, self.max_batch // 4)):
+                entering = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+                first = self._admit(entering, cache, params)
+                active, last = active + entering, torch.cat((last, first))
+            else:
+                last = self._decode(active, last, cache, params)
+            finished = [row for row, sequence in enumerate(active) if sequence.finished]
+            if finished:
+                order = cache.drop(finished)
+                active, last = [active[row] for row in order], last[order]
+        return [sequence.completion for sequence in sequences]
+
+    def stream(
+        self, prompt: Sequence[int], params: SamplingParams | None = None, seed: int | None = None
+    ) -> Iterator[int]:
+        """Yield the tokens of one completion as they are drawn; the same tokens as `generate` with this seed.
+
+        What the prompt has in common with the previous call (a conversation going on) is not computed again.
+
+        Args:
+            prompt: token ids.
+            params: how to sample, and when to stop. The stop token is yielded.
+            seed: default: as `generate` gives its first prompt.
+
+        Raises:
+            NurtureError: as `generate`.
+        """
+        params = params or SamplingParams()
+        self._follow_weights()
+        (sequence,) = self._sequences([prompt], params, None if seed is None else [seed])
+        stops = frozenset(params.stop_token_ids)
+        pending, cache = self._resume_stream(sequence.prompt)
+        held = list(sequence.prompt)
+        while not sequence.finished:
+            index = len(sequence.completion.token_ids)
+            token, logprob = self._stream_step(pending, cache, params, uniforms([sequence.seed], [index], 1))
+            self._stream_cache = (held.copy(), cache)
+            sequence.take([token], [logprob], stops)
+            held.append(token)
+            pending = [token]
+            yield token
+
+    def _sequences(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None
+    ) -> list[_Sequence]:
+        """Check the prompts and give each its seed and its limit."""
+        config = self.model.config
+        if seeds is None:
+            seeds = sequence_seeds(params.seed, len(prompts))
+        if len(seeds) != len(prompts):
+            raise NurtureError(f"engine: {len(prompts)} prompts need as many seeds, got {len(seeds)}")
+        sequences = []
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            prompt = tuple(int(token) for token in prompt)
+            if not prompt:
+                raise NurtureError(f"engine: prompt {index} is empty; give it at least one token")
+            if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+                raise NurtureError(
+                    f"engine: prompt {index} holds token id {max(prompt, key=abs)}, but the model's vocabulary has "
+                    f"{config.vocab_size}: is this the model's own tokenizer?"
+                )
+            room = config.max_position - len(prompt)
+            if room < 1:
+                raise NurtureError(
+                    f"engine: prompt {index} has {len(prompt)} tokens, but the model's context is "
+                    f"{config.max_position} (max_position): shorten it, or extend the model"
+                )
+            sequences.append(_Sequence(index, prompt, int(seed), min(params.max_tokens, room)))
+        return sequences
+
+    def _admit(self, entering: list[_Sequence], cache: KVCache, params: SamplingParams) -> Tensor:
+        """Prefill sequences, add them to the cache's rows in order, and draw their first tokens (B,)."""
+        prompts = sorted({sequence.prompt for sequence in entering}, key=len)
+        logits: dict[tuple[int, ...], Tensor] = {}
+        where: dict[tuple[int, ...], tuple[KVCache, int]] = {}
+        for group in _length_buckets(prompts):
+            counts = [len(prompt) for prompt in group]
+            padded = torch.zeros(len(group), max(counts), dtype=torch.int64)
+            for row, prompt in enumerate(group):
+                padded[row, : len(prompt)] = torch.tensor(prompt)
+            part = self._decoder.new_cache(len(group))
+            outputs = self._decoder.forward(padded.to(self._decoder.device), part, counts)
+            for row, prompt in enumerate(group):
+                logits[prompt], where[prompt] = outputs[row], (part, row)
+        start = 0
+        while start < len(entering):  # runs of sequences whose prompts were prefilled in one cache
+            part = where[entering[start].prompt][0]
+            stop = start
+            while stop < len(entering) and where[entering[stop].prompt][0] is part:
+                stop += 1
+            cache.append(part, [where[sequence.prompt][1] for sequence in entering[start:stop]])
+            start = stop
+        drawn = uniforms([sequence.seed for sequence in entering], [0] * len(entering), 1)
+        tokens, logprobs = sample(
+            torch.stack([logits[sequence.prompt] for sequence in entering]),
+            params,
+            drawn[:, 0].to(self._decoder.device),
+        )
+        stops = frozenset(params.stop_token_ids)
+        for sequence, token, logprob in zip(entering, tokens.tolist(), logprobs.tolist(), strict=True):
+            sequence.take([token], [logprob], stops)
+        return tokens
+
+    def _decode(
+        self, active: list[_Sequence], last: Tensor, cache: KVCache, params: SamplingParams
+    ) -> Tensor:
+        """Draw a few tokens for every row; return the last of each row, (B,)."""
+        left = [sequence.limit - len(sequence.completion.token_ids) for sequence in active]
+        steps = min(max(left), _STEPS_PER_CHECK) if params.stop_token_ids else min(left)
+        done = [len(sequence.completion.token_ids) for sequence in active]
+        drawn = uniforms([sequence.seed for sequence in active], done, steps).to(self._decoder.device)
+        tokens, logprobs = [], []
+        for step in range(steps):
+            logits = self._decoder.forward(last[:, None], cache)
+            last, logprob = sample(logits, params, drawn[:, step])
+            tokens.append(last)
+            logprobs.append(logprob)
+        stops = frozenset(params.stop_token_ids)
+        rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
+        for sequence, (row_tokens, row_logprobs) in zip(active, rows, strict=True):
+            sequence.take(row_tokens, row_logprobs, stops)
+        return last
+
+    def _resume_stream(self, prompt: tuple[int, ...]) -> tuple[list[int], KVCache]:
+        """Return the tokens of the prompt still to be computed, and the cache that holds those before."""
+        if self._stream_cache is not None:
+            held, cache = self._stream_cache
+            # At least one token is computed again: its logits were not kept.
+            longest = min(len(held), len(prompt) - 1)
+            common = next((n for n in range(longest) if held[n] != prompt[n]), longest)
+            if common:
+                cache.truncate(common)
+                return list(prompt[common:]), cache
+        return list(prompt), self._decoder.new_cache(1)
+
+    @torch.inference_mode()
+    def _stream_step(
+        self, pending: list[int], cache: KVCache, params: SamplingParams, drawn: Tensor
+    ) -> tuple[int, float]:
+        """Feed tokens to the only row and draw the next."""
+        token_ids = torch.tensor([pending], device=self._decoder.device)
+        logits = self._decoder.forward(token_ids, cache)
+        tokens, logprobs = sample(logits, params, drawn[:, 0].to(self._decoder.device))
+        return int(tokens), float(logprobs)
+
+
+def _length_buckets(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Split prompts sorted by length into groups that waste little on padding and fit in memory."""
+    group: list[tuple[int, ...]] = []
+    for prompt in prompts:
+        too_uneven = group and len(prompt) > 1.5 * len(group[0]) + 8
+        too_large = (len(group) + 1) * len(prompt) > _PREFILL_TOKENS
+        if group and (too_uneven or too_large):
+            yield group
+            group = []
+        group.append(prompt)
+    if group:
+        yield group
+
+
+def _weights_version(model: Transformer) -> tuple[tuple[int, int], ...]:
+    """Change whenever a parameter is replaced or written in place."""
+    return tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())

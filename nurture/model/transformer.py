@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nurture.model.attention import attention, masked_attention
+from nurture.model.attention import attention
 from nurture.model.config import ModelConfig
 from nurture.model.heads import cross_entropy_sum, label_logprobs, lm_logits, scalar_values
 from nurture.model.rope import rotate, rotation_frequencies, rotation_tables
@@ -28,10 +28,12 @@ from nurture.model.rope import rotate, rotation_frequencies, rotation_tables
 class Cache(Protocol):
     """What cached decoding needs of `kv_cache.KVCache`: the keys and values of the tokens already seen."""
 
-    def update(
-        self, layer_index: int, k_BTKH: Tensor, v_BTKH: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append T tokens to a layer; return all S keys and values (B, S, K, H) and a bool mask for (B, N, T, S)."""
+    def begin(self, tokens: int) -> Tensor:
+        """Start a pass over T new tokens a row; return their positions, (B or 1, T)."""
+        ...
+
+    def attend(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        """Store a layer's new keys and values; return attention over all that the rows hold, (B, T, N, H)."""
         ...
 
 
@@ -85,8 +87,7 @@ class Attention(nn.Module):
         if cache is None:
             attended_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, document_ids)
         else:
-            keys, values, mask = cache.update(self.layer, k_BTKH, v_BTKH)
-            attended_BTNH = masked_attention(q_BTNH, keys, values, mask)
+            attended_BTNH = cache.attend(self.layer, q_BTNH, k_BTKH, v_BTKH)
         return self.out(attended_BTNH.flatten(2))
 
 
@@ -200,8 +201,10 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """Return the normalised residual stream after the last block, (B, T, D). Arguments as in `forward`."""
-        if position_ids is None:
-            position_ids = default_position_ids(token_ids, document_ids, cache)
+        if cache is not None:
+            position_ids = cache.begin(token_ids.shape[1])
+        elif position_ids is None:
+            position_ids = default_position_ids(token_ids, document_ids)
         cos, sin = rotation_tables(position_ids, self.frequencies, self.rotation_scale)
         x_BTD = self.embedding(token_ids)
         for block in self.blocks:
@@ -228,7 +231,8 @@ class Transformer(nn.Module):
             token_ids: (B, T) int64.
             position_ids: (B, T) or (1, T); default: 0, 1, 2 ... restarting in every document.
             document_ids: (B, T); attention stays inside equal ids. Padding has an id of its own (-1).
-            cache: keys and values of earlier tokens; `token_ids` are then the tokens that follow them.
+            cache: keys and values of earlier tokens; `token_ids` then follow them, and their positions too. No
+                gradient, no documents: the engine's way in is `inference/decoder.py`.
             labels: (B, T) `token_ids` shifted left by one, `IGNORE_INDEX` where untrained.
             reduction: with labels: "none" for logprobs, "sum" for the summed loss.
             temperature: divides the logits before the softmax of the logprobs.
@@ -254,11 +258,9 @@ class Transformer(nn.Module):
         return label_logprobs(hidden_BTD, self.output_weight, labels, temperature)
 
 
-def default_position_ids(token_ids: Tensor, document_ids: Tensor | None, cache: Cache | None) -> Tensor:
+def default_position_ids(token_ids: Tensor, document_ids: Tensor | None) -> Tensor:
     """Return positions counted from the start of each document, (B, T), or from the row's start, (1, T)."""
     columns = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
-    if cache is not None:
-        raise ValueError("cached decoding needs position_ids")
     if document_ids is None:
         return columns
     starts = torch.ones_like(document_ids, dtype=torch.bool)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nurture.model.config import ModelConfig
+from nurture.model.kv_cache import KVCache
 from nurture.model.transformer import Transformer
 from nurture.types import IGNORE_INDEX
 
@@ -121,6 +122,17 @@ def test_a_rotation_depends_on_distance_alone() -> None:
     token_ids = random_tokens()
     shifted = model(token_ids, position_ids=torch.arange(16)[None] + 100)
     torch.testing.assert_close(model(token_ids), shifted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm3", "qwen3"])
+@torch.no_grad()
+def test_cached_decoding_equals_a_full_pass(family: str) -> None:
+    model, token_ids = build(family), random_tokens()
+    cache = KVCache(model.config, max_rows=2)
+    pieces = [
+        model(token_ids[:, start:stop], cache=cache) for start, stop in ((0, 5), (5, 6), (6, 7), (7, 16))
+    ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(token_ids), rtol=0, atol=1e-4)
 
 
 def test_misuse_is_refused() -> None:

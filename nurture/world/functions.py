@@ -69,6 +69,7 @@ ending
 """
 FAMILIES = {family: rows[0] for family, rows in lexicon.table(_FAMILIES).items()}
 LETTERS = {"count", "starts", "ends", "remove", "replace", "ending"}
+CUTS = {"first", "last", "skip"}
 NAMES = {
     "number": ("x", "n", "number"),
     "list": ("items", "values", "numbers"),
@@ -139,20 +140,23 @@ def _examples(family: str, constants: tuple[str, str]) -> tuple[tuple[str, str],
     rng = random_for("examples", family, constants)
     scope: dict[str, object] = {}
     exec(function.source, scope)  # our own template, never model output
-    kind = FAMILIES[family][0]
-    if kind == "number":
-        # small enough that no product or sum in a test can be a held-out step
-        inputs: list[object] = rng.sample(range(11), 8)
-    elif kind == "list":
-        inputs = [[rng.randint(0, 9) for _ in range(rng.randint(3, 6))] for _ in range(8)]
+    argument, *_, expression = FAMILIES[family]
+    inputs: list[object]
+    if argument == "number":
+        # products of numbers up to ten are easy steps, so no test can show a held-out one
+        inputs = list(rng.sample(range(11 if "*" in expression else 16), 8))
+    elif argument == "list":
+        inputs = [[rng.randint(0, 9) for _ in range(rng.randint(4, 7))] for _ in range(8)]
     else:
         words = rng.sample(SAMPLE_WORDS, 6)
         inputs = [*words, words[0] + constants[0], constants[0] + words[1]]
-    results = [(f"{function.name}({value!r})", repr(scope[function.name](value))) for value in inputs]  # type: ignore[operator]
-    results = [(call.replace("'", '"'), result.replace("'", '"')) for call, result in results]
-    first = results[0]
-    other = next((pair for pair in results[1:] if pair[1] != first[1]), results[1])
-    return (first, other, *(pair for pair in results[1:] if pair is not other))
+    outputs = [scope[function.name](value) for value in inputs]  # type: ignore[operator]
+    # first an example that tells the function from doing nothing, then one with another result
+    order = sorted(range(len(inputs)), key=lambda i: outputs[i] == inputs[i])
+    other = next((i for i in order if outputs[i] != outputs[order[0]]), order[1])
+    order = [order[0], other, *(i for i in order[1:] if i != other)]
+    pairs = [(f"{function.name}({inputs[i]!r})", repr(outputs[i])) for i in order]
+    return tuple((call.replace("'", '"'), result.replace("'", '"')) for call, result in pairs)
 
 
 _FAMILY_NAMES = tuple(FAMILIES)
@@ -161,7 +165,7 @@ _FAMILY_NAMES = tuple(FAMILIES)
 def _make_function(rng: Random) -> Function:
     family = pick(rng, _FAMILY_NAMES)
     argument = pick(rng, NAMES[FAMILIES[family][0]])
-    pool = string.ascii_lowercase if family in LETTERS else "23456789"
+    pool = string.ascii_lowercase if family in LETTERS else "2345" if family in CUTS else "23456789"
     c, d = pick(rng, pool), pick(rng, pool)
     if family == "replace" and c == d:
         d = "o" if c != "o" else "a"

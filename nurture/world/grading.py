@@ -37,7 +37,7 @@ class Grade:
     gold: float
 
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"']?\s+")
+_SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?]\"))\s+")
 
 
 def sentences(text: str) -> list[str]:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from nurture.model.attention import attention
 from nurture.model.config import ModelConfig
 from nurture.model.heads import cross_entropy_sum, label_logprobs, lm_logits, scalar_values
-from nurture.model.rope import rotate, rotation_frequencies, rotation_tables
+from nurture.model.rope import head_tables, rotate, rotation_frequencies, rotation_tables
 
 
 class Cache(Protocol):
@@ -205,7 +205,7 @@ class Transformer(nn.Module):
             position_ids = cache.begin(token_ids.shape[1])
         elif position_ids is None:
             position_ids = default_position_ids(token_ids, document_ids)
-        cos, sin = rotation_tables(position_ids, self.frequencies, self.rotation_scale)
+        cos, sin = head_tables(*rotation_tables(position_ids, self.frequencies, self.rotation_scale))
         x_BTD = self.embedding(token_ids)
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nurture.model.config import ModelConfig, YarnConfig
-from nurture.model.rope import rotate, rotation_frequencies, rotation_tables
+from nurture.model.rope import head_tables, rotate, rotation_frequencies, rotation_tables
 
 pytest.importorskip("transformers")
 from transformers import LlamaConfig
@@ -82,7 +82,7 @@ def test_rotation_equals_transformers() -> None:
     q_BTNH, k_BTKH = torch.randn(2, 9, 4, 64), torch.randn(2, 9, 2, 64)
     position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3], [7, 8, 9, 100, 101, 5000, 1, 0, 2]])
     frequencies, scale = rotation_frequencies(ours(10_000.0))
-    cos, sin = rotation_tables(position_ids, frequencies, scale)
+    cos, sin = head_tables(*rotation_tables(position_ids, frequencies, scale))
     their_cos, their_sin = LlamaRotaryEmbedding(theirs(10_000.0))(q_BTNH, position_ids)
     expected_q, expected_k = apply_rotary_pos_emb(q_BTNH, k_BTKH, their_cos, their_sin, unsqueeze_dim=2)
     torch.testing.assert_close(rotate(q_BTNH, cos, sin), expected_q, rtol=1e-5, atol=2e-6)

@@ -84,9 +84,8 @@ class Decoder:
         return (weight.float() * (norm_weight.float() * weight.shape[-1] ** 0.5)).to(self.dtype)
 
     def new_cache(self, max_rows: int, rows: int | None = None) -> KVCache:
-        """Make a cache that fits: float32 on a CPU (see `kv_cache.py`), the engine's dtype elsewhere."""
-        dtype = torch.float32 if self.device.type == "cpu" else self.dtype
-        return KVCache(self.config, max_rows, rows=rows, dtype=dtype, device=self.device)
+        """Make a cache that fits, in the engine's dtype."""
+        return KVCache(self.config, max_rows, rows=rows, dtype=self.dtype, device=self.device)
 
     def forward(self, token_ids: Tensor, cache: KVCache, counts: Sequence[int] | None = None) -> Tensor:
         """Append tokens to the cache's rows and predict the token after each row's last.

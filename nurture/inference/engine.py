@@ -27,6 +27,8 @@ from nurture.model.transformer import Transformer
 
 _STEPS_PER_CHECK = 8
 """Decoding steps between two looks for stop tokens."""
+_DROP_SHARE = 8
+"""Finished rows idle until one in so many has finished: every new batch size costs the library some set-up."""
 _PREFILL_TOKENS = 16_384
 """Most tokens of one prefill, padding included: bounds its memory."""
 
@@ -62,6 +64,8 @@ class _Sequence:
     def take(self, token_ids: Sequence[int], logprobs: Sequence[float], stops: frozenset[int]) -> None:
         """Add drawn tokens up to a stop token or the limit, and drop the rest."""
         written = self.completion
+        if self.finished:  # a row that waits to be dropped
+            return
         room = self.limit - len(written.token_ids)
         for token, logprob in zip(token_ids[:room], logprobs[:room], strict=True):
             written.token_ids.append(token)
@@ -145,7 +149,7 @@ class Engine:
             else:
                 last = self._decode(active, last, cache, params)
             finished = [row for row, sequence in enumerate(active) if sequence.finished]
-            if finished:
+            if len(finished) * _DROP_SHARE >= len(active):
                 order = cache.drop(finished)
                 active, last = [active[row] for row in order], last[order]
         return [sequence.completion for sequence in sequences]
@@ -245,7 +249,8 @@ class Engine:
         self, active: list[_Sequence], last: Tensor, cache: KVCache, params: SamplingParams
     ) -> Tensor:
         """Draw a few tokens for every row; return the last of each row, (B,)."""
-        left = [sequence.limit - len(sequence.completion.token_ids) for sequence in active]
+        running = [sequence for sequence in active if not sequence.finished]
+        left = [sequence.limit - len(sequence.completion.token_ids) for sequence in running]
         steps = min(max(left), _STEPS_PER_CHECK) if params.stop_token_ids else min(left)
         done = [len(sequence.completion.token_ids) for sequence in active]
         drawn = uniforms([sequence.seed for sequence in active], done, steps).to(self._decoder.device)

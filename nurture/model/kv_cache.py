@@ -1,14 +1,15 @@
 """Keys and values of the tokens already seen, so that the next token costs one position of work, not all.
 
-Memory is allocated for all rows at once and grows in blocks of columns. Rows are LEFT-aligned: token t of a row sits in
-column t whatever its neighbours hold, so a batch of ragged prompts is padded on the right, where the causal mask hides the
-padding from every real token and the row's next tokens overwrite it. Padding therefore cannot change a result and a
-prefill needs no mask at all; decoding masks the columns at or past each row's length, and nothing when all are equal.
+Memory is allocated for all rows at once and grows in blocks of columns. Rows are LEFT-aligned: token t of a row sits
+in column t whatever its neighbours hold, so ragged prompts are padded on the right, where the causal mask hides the
+padding from every real token and the row's next tokens overwrite it. Padding therefore cannot change a result, and a
+prefill needs no mask at all; decoding masks the columns at or past each row's length.
 
 Decoding attends with two batched matmuls per layer, the query heads that share a key/value head being the rows of
 one small matrix, so keys and values are never expanded (the library's attention with a mask is far slower for one
-query). The cache is float32 by default on a CPU: as fast there as bfloat16, which pays about 3 ms to set up each
-new length, and exact. Finished rows are dropped by moving the last rows into their places.
+query). They run over all allocated columns: matrices that lie gap-free in memory go about twice as fast as part of
+larger ones, and a few round lengths spare the library from setting up a kernel for each. Finished rows are dropped by
+moving the last rows into their places.
 
 It holds no tokens and knows no sampling; `inference/engine.py` does that.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 from nurture.model.attention import attention, masked_attention
 from nurture.model.config import ModelConfig
 
-_BLOCK = 64
+_BLOCK = 32
 """Columns the cache grows by."""
 
 
@@ -61,7 +62,7 @@ class KVCache:
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.layers)]
         self._starts: list[int] = []
         self._write_rows: Tensor | None = None
-        self._bias: Tensor | None = None
+        self._bias: Tensor
 
     @property
     def columns(self) -> int:
@@ -75,9 +76,10 @@ class KVCache:
         columns = -(-columns // _BLOCK) * _BLOCK
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                # Zeros, not garbage: a hidden column has weight 0, and 0 times a stray NaN is NaN.
-                new = old.new_zeros(*old.shape[:2], columns, old.shape[3])
+                new = old.new_empty(*old.shape[:2], columns, old.shape[3])
                 new[: self.rows, :, : old.shape[2]] = old[: self.rows]
+                # Zeros, not garbage: a hidden column has weight 0, and 0 times a stray NaN is NaN.
+                new[: self.rows, :, old.shape[2] :] = 0
                 tensors[layer] = new
 
     def begin(self, tokens: int, counts: Sequence[int] | None = None) -> Tensor:
@@ -101,13 +103,12 @@ class KVCache:
         if not even_starts and tokens == 1:
             heads = torch.arange(self.rows * self.keys[0].shape[1], device=device).view(self.rows, -1)
             self._write_rows = (heads * self.columns + starts).flatten()
-        self._bias = None
-        if min(self.lengths) != max(self.lengths):
-            # float, added to the scores: minus infinity on columns that hold no token of the row.
-            ends = torch.tensor(self.lengths, device=device)[:, None, None, None]
-            hidden = torch.arange(max(self.lengths), device=device) >= ends
-            self._bias = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=device)
-            self._bias.masked_fill_(hidden, -torch.inf)
+        # Added to the scores: minus infinity on columns that hold no token of the row.
+        even_ends = min(self.lengths) == max(self.lengths)
+        ends = torch.tensor(self.lengths[:1] if even_ends else self.lengths, device=device)[:, None, None, None]
+        hidden = torch.arange(self.columns, device=device) >= ends
+        self._bias = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=device)
+        self._bias.masked_fill_(hidden, -torch.inf)
         return starts if tokens == 1 else starts + torch.arange(tokens, device=device)
 
     def attend(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
@@ -145,13 +146,11 @@ class KVCache:
     def _attend_last(self, layer: int, q_B1NH: Tensor) -> Tensor:
         """Attend with one query a row, that of its last token."""
         rows, _, heads, head_width = q_B1NH.shape
-        kv_heads, columns = self.keys[layer].shape[1], max(self.lengths)
-        keys = self.keys[layer][:rows, :, :columns].flatten(0, 1)
-        values = self.values[layer][:rows, :, :columns].flatten(0, 1)
-        q = (q_B1NH * head_width**-0.5).to(keys.dtype).reshape(rows * kv_heads, -1, head_width)
+        keys = self.keys[layer][:rows].flatten(0, 1)
+        values = self.values[layer][:rows].flatten(0, 1)
+        q = (q_B1NH * head_width**-0.5).to(keys.dtype).reshape(keys.shape[0], -1, head_width)
         scores = torch.bmm(q, keys.transpose(1, 2))
-        if self._bias is not None:
-            scores.view(rows, kv_heads, -1, columns).add_(self._bias)
+        scores.view(rows, -1, heads // self.keys[layer].shape[1], self.columns).add_(self._bias)
         return torch.bmm(scores.softmax(-1), values).view(rows, 1, heads, head_width)
 
     def _attend_general(self, layer: int, q_BTNH: Tensor) -> Tensor:
@@ -168,12 +167,13 @@ class KVCache:
     def append(self, other: KVCache, source_rows: Sequence[int]) -> None:
         """Add rows copied from another cache; a source row may be given several times (a shared prompt)."""
         lengths = [other.lengths[row] for row in source_rows]
-        columns, first, last = max(lengths), self.rows, self.rows + len(source_rows)
-        self.reserve(columns)
+        held, first, last = max(lengths), self.rows, self.rows + len(source_rows)
+        self.reserve(held + 1)
         index = torch.tensor(source_rows, device=self.keys[0].device)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for store, source in zip(mine, theirs, strict=True):
-                store[first:last, :, :columns] = source[:, :, :columns].index_select(0, index)
+                store[first:last, :, :held] = source[:, :, :held].index_select(0, index)
+                store[first:last, :, held:] = 0
         self.rows = last
         self.lengths = self.lengths + lengths
 

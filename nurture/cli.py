@@ -287,8 +287,14 @@ def _stage_command(kind: str) -> Callable[..., None]:
     return command
 
 
-for _kind, _stage in STAGES.items():
-    app.command(_kind, rich_help_panel=_ONE_STAGE, epilog=_examples(*_stage.examples))(_stage_command(_kind))
+def add_stage_command(kind: str) -> None:
+    """Give a stage kind its command."""
+    epilog = _examples(*STAGES[kind].examples)
+    app.command(kind, rich_help_panel=_ONE_STAGE, epilog=epilog)(_stage_command(kind))
+
+
+for _kind in STAGES:
+    add_stage_command(_kind)
 
 
 def stage_recipe(
@@ -536,12 +542,11 @@ def show_mask(
     if problem := data_problem(data, Path.cwd()):
         raise NurtureError(f"{problem}.")
     loaded = Tokenizer.load(model_folder(Path(tokenizer)))
-    rows = (row for row in read_rows(data, base=Path.cwd()) if row.messages)
-    shown = 0
-    for row in islice(rows, count):
-        _console().print(mask_view(loaded, row.messages))
+    conversations = (row.messages for row in read_rows(data, base=Path.cwd()) if row.messages)
+    shown = list(islice(conversations, count))
+    for messages in shown:
+        _console().print(mask_view(loaded, messages))
         _console().rule()
-        shown += 1
     if not shown:
         raise NurtureError(f"{data}: no conversation in it, only plain text.")
 

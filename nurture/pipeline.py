@@ -20,6 +20,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ SCRATCH = "scratch"
 _INPUTS = "inputs.json"
 _RUN = "run.json"
 _LOCK = ".lock"
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------
@@ -172,20 +173,36 @@ def build_recipe(
     top = check(RecipeFile, document)
     document.raise_problems()
     assert top is not None  # check() noted a problem otherwise
+    if not _NAME.fullmatch(top.name):
+        document.complain(
+            ("name",), f"names a folder: use letters, digits, '-', '_' and '.', got '{top.name}'."
+        )
     if not top.stages:
         document.complain(("stages",), "is empty. List at least one stage, for example 'kind: pretrain'.")
     base = folder / top.base if top.base else folder
     starts = _check_starts(document, top.stages, folder)
-    configs = [_check_stage(document, place, top, base) for place in range(len(top.stages))]
+    world_is_fine = _check_world(document)
+    configs = [
+        _check_stage(document, place, top, base, world_is_fine=world_is_fine)
+        for place in range(len(top.stages))
+    ]
     checked = tuple(config for config in configs if config is not None)
     models = {
         config.name: _check_models(document, place, config, names, folder)
         for place, config in enumerate(checked)
     }
-    fresh_weights = any(start is None for start in starts.values())
+    fresh_weights = False
+    for place, config in enumerate(checked):
+        if starts[config.name] is None:
+            fresh_weights = True
+            if not list(_specs(config)):
+                document.complain(
+                    ("stages", place),
+                    "starts from fresh weights but has no text to make a tokenizer from. Give it `sources`,"
+                    " or `start` it from an earlier stage or a checkpoint.",
+                )
     model = _check_model(document, top) if fresh_weights or top.model else None
-    tokenizer = _check_tokenizer(document, folder)
-    _check_world(document)
+    tokenizer = _check_tokenizer(document, folder) if fresh_weights or top.tokenizer else {}
     document.raise_problems()
     return Recipe(
         name=top.name,
@@ -221,9 +238,11 @@ def _check_starts(
                 where,
                 f"another stage (line {first}) is called '{name}' too. Give one of them its own `name`.",
             )
-        if name == TOKENIZER or name in RecipeFile.model_fields:
+        if name == TOKENIZER or name in RecipeFile.model_fields or not _NAME.fullmatch(name):
             document.complain(
-                where, f"'{name}' cannot be the name of a stage, it means something else. Choose another."
+                where,
+                f"'{name}' cannot be the name of a stage. Choose a word of letters, digits, '-', '_' and '.' that is"
+                " not a key of the recipe itself.",
             )
         start = raw.get("start")
         starts[name] = previous
@@ -307,7 +326,9 @@ def model_folder(path: Path) -> Path:
     return path / "model" if (path / "model" / "config.json").is_file() else path
 
 
-def _check_stage(document: Document, place: int, top: RecipeFile, base: Path) -> StageConfig | None:
+def _check_stage(
+    document: Document, place: int, top: RecipeFile, base: Path, *, world_is_fine: bool
+) -> StageConfig | None:
     """Build the `Config` of a stage; note what is wrong with it, missing data files included."""
     where: KeyPath = ("stages", place)
     raw = dict(top.stages[place])
@@ -330,7 +351,7 @@ def _check_stage(document: Document, place: int, top: RecipeFile, base: Path) ->
     config = check(config_class, document, where, data=raw)
     if config is not None:
         for key, name, spec in _specs(config):
-            if problem := data_problem(spec, base):
+            if problem := data_problem(spec, base, top.world if world_is_fine else None):
                 # A name from the shared table is mended in the table.
                 shared = name in top.data and top.data[name] == spec
                 document.complain(("data", name) if shared else (*where, key, name), problem)
@@ -416,42 +437,38 @@ def _check_tokenizer(document: Document, folder: Path) -> dict[str, Any]:
     return resolved
 
 
-def _check_world(document: Document) -> None:
-    """Check the world's settings by its own class."""
-    if document.data.get("world"):
-        from nurture import world
+def _check_world(document: Document) -> bool:
+    """Check the world's settings by its own class; return whether they are fine."""
+    if not document.data.get("world"):
+        return True
+    from nurture.world import WorldConfig
 
-        check(world.WorldConfig, document, ("world",))
+    return check(WorldConfig, document, ("world",)) is not None
 
 
 # --- data and checkpoints, identified without reading them ----------------------------------------------------------
 
 
-def local_files(spec: str, base: Path) -> list[Path] | None:
-    """Return the files a data spec stands for, or None when it is not about local files (`world:`, `hf:`)."""
-    if spec.split(":", 1)[0] in ("world", "hf") and ":" in spec:
-        return None
-    pattern = str(base / Path(spec).expanduser())
-    if Path(pattern).is_dir():
-        pattern = f"{glob.escape(pattern)}/**/*"
-    return sorted(Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+def data_problem(spec: str, base: Path, world: Mapping[str, Any] | None = None) -> str | None:
+    """Say why a data spec stands for nothing, or return None. Hub names are not looked up."""
+    from nurture.data.sources import find_files, read_rows, split_spec
+
+    try:
+        for part in split_spec(spec):
+            if part.startswith("world:"):
+                next(read_rows(part, world=world))
+            elif not part.startswith("hf:"):
+                find_files(part, base)
+    except NurtureError as error:
+        return str(error)
+    return None
 
 
-def data_problem(spec: str, base: Path) -> str | None:
-    """Say why a data spec stands for nothing, or return None."""
-    found = local_files(spec, base)
-    if found is None or found:
-        return None
-    if "/" not in spec and "*" not in spec and ":" in spec:
-        return f"'{spec}' is not a data source. Write a path, a glob, world:SOURCE or hf:ORG/NAME."
-    path = base / Path(spec).expanduser()
-    return f"no file matches '{path}'"
+def identify_data(spec: str, base: Path, world: Mapping[str, Any] | None = None) -> str:
+    """Return a hash that changes when what a data spec stands for may have (file names, sizes, times)."""
+    from nurture.data.sources import source_identity
 
-
-def identify_data(spec: str, base: Path) -> str:
-    """Return a string that changes when the files behind a data spec do (their names, sizes or times)."""
-    found = local_files(spec, base)
-    return spec if found is None else f"{spec} = {_identify_files(found)}"
+    return _hash(source_identity(spec, split="all", base=base, world=world))
 
 
 def _identify_files(paths: Sequence[Path]) -> str:
@@ -595,7 +612,7 @@ def _inputs(step: Step, recipe: Recipe) -> dict[str, Any]:
         "settings": config.model_dump(mode="json", exclude={"name", "kind", "start", "sources", "data"}),
         "seed": recipe.seed,
         "world": recipe.world,
-        "data": {name: identify_data(spec, recipe.base) for _, name, spec in _specs(config)},
+        "data": {name: identify_data(spec, recipe.base, recipe.world) for _, name, spec in _specs(config)},
         "from": {
             role: parent.fingerprint if isinstance(parent, Step) else _identify_checkpoint(parent)
             for role, parent in (("start", step.start), *step.models.items())
@@ -631,7 +648,11 @@ def _judge(step: Step, checksums: bool) -> tuple[str, str, Path | None]:
             name for name, made in record.get("parents", {}).items() if made != _made(step).get(name, made)
         ]
         if remade:
-            return "stale", f"{', '.join(remade)} was made again", folder if folder in here else step.directory
+            return (
+                "stale",
+                f"{', '.join(remade)} was made again",
+                folder if folder in here else step.directory,
+            )
         if manifest is None:
             return "unfinished", "was interrupted, goes on", folder
         problems = files.manifest_problems(folder, manifest, checksums=checksums)
@@ -649,10 +670,21 @@ def _elsewhere(step: Step) -> tuple[Path, ...]:
     return tuple(sorted(step.directory.parent.glob(f"[0-9][0-9]-{glob.escape(step.name)}")))
 
 
+_ABOUT = (_INPUTS, "stage.yaml", "result.json", "metrics.jsonl", "samples.jsonl")
+
+
 def _made(step: Step) -> dict[str, str]:
-    """Identify the finished folders a step uses by their manifests: equal inputs made twice are told apart."""
-    manifests = {parent.name: (parent.found or parent.directory) / files.MANIFEST for parent in step.parents}
-    return {name: files.sha256_file(path) for name, path in manifests.items() if path.is_file()}
+    """Identify what a step's parents left by content: the same settings may give another model (other hardware)."""
+    made = {}
+    for parent in step.parents:
+        manifest = files.read_manifest(parent.found or parent.directory)
+        if manifest is not None:
+            # The files about the stage hold times; they say nothing about what it made.
+            outputs = {
+                name: facts["sha256"] for name, facts in manifest["files"].items() if name not in _ABOUT
+            }
+            made[parent.name] = _hash(outputs)
+    return made
 
 
 def _read_inputs(folder: Path) -> dict[str, Any] | None:
@@ -673,7 +705,10 @@ def _difference(written: dict[str, Any] | None, step: Step) -> str:
     for key in changed:
         label = key.removeprefix("settings.")
         if key.startswith("from."):
-            words.append(f"{key.removeprefix('from.')} changed")
+            role = key.removeprefix("from.")
+            words.append(
+                f"{step.start.name if role == 'start' and isinstance(step.start, Step) else role} changed"
+            )
         elif key.startswith("data."):
             words.append(f"{label} changed")
         else:

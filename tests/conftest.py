@@ -29,10 +29,12 @@ def shared_data() -> Path:
 @pytest.fixture
 def fake_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two stage kinds that write files instead of training: `grow` and `polish` (tests/fake_stage.py)."""
-    from nurture import stages
+    from nurture import cli, stages
 
-    monkeypatch.setitem(stages.STAGES, "grow", stages.StageKind("fake_stage", "A fake stage."))
-    monkeypatch.setitem(stages.STAGES, "polish", stages.StageKind("fake_stage", "Another fake stage."))
+    monkeypatch.setattr(cli.app, "registered_commands", list(cli.app.registered_commands))
+    for kind in ("grow", "polish"):
+        monkeypatch.setitem(stages.STAGES, kind, stages.StageKind("fake_stage", "A fake stage."))
+        cli.add_stage_command(kind)
 
 
 @pytest.fixture

@@ -57,7 +57,8 @@ def _sample(spec: str, limit: int, context: StageContext) -> Iterator[str]:
     """Yield texts of one source until `limit` bytes."""
     from nurture.data.sources import read_rows
 
-    return _within((row.text for row in read_rows(spec, base=context.base)), limit)
+    rows = read_rows(spec, base=context.base, world=context.world)
+    return _within((row.text for row in rows if row.text), limit)
 
 
 def _within(texts: Iterable[str], limit: int) -> Iterator[str]:

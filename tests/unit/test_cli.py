@@ -1,0 +1,219 @@
+"""The command line as a user meets it: what they see, the exit codes, and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nurture import cli
+
+pytestmark = pytest.mark.usefixtures("fake_stages")
+
+RECIPE = "name: trial\nstages:\n  - kind: grow\n    start: base\n  - kind: polish\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trial.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+class Nurture:
+    """Calls `nurture` in this process; `code`, `out` and `err` of the last call."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *words: str) -> Nurture:
+        self.monkeypatch.setattr(sys, "argv", ["nurture", *words])
+        self.code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            self.code = int(end.code or 0)
+        self.out, self.err = self.capsys.readouterr()
+        assert "Traceback" not in self.out + self.err
+        return self
+
+
+@pytest.fixture
+def nurture(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Nurture:
+    return Nurture(capsys, monkeypatch)
+
+
+def test_a_run_ends_with_a_table_and_what_to_do_next(here: Path, nurture: Nurture):
+    done = nurture("run", "trial.yaml")
+    assert done.code == 0, done.err
+    assert "before and after" in done.out
+    assert "10.0 %" in done.out
+    assert "90.0 %" in done.out
+    assert "nurture chat runs/trial/02-polish" in done.out
+    assert "Nothing to run" in nurture("run", "trial.yaml").out
+
+
+def test_report_json_is_the_shape_of_the_design(here: Path, nurture: Nurture):
+    nurture("run", "trial.yaml")
+    report = json.loads(nurture("report", "runs/trial", "--json").out)
+    assert list(report) == ["run", "seconds", "stages"]
+    assert report["run"] == "trial"
+    stage = report["stages"][1]
+    assert list(stage) == ["name", "kind", "seconds", "tokens", "metrics"]
+    assert stage["metrics"]["format"]["after"] == 0.9
+
+
+def test_status_tells_what_would_run_and_why(here: Path, nurture: Nurture):
+    nurture("run", "trial.yaml", "--until", "grow")
+    assert "has not run yet" in nurture("status", "trial.yaml").out
+    rows = json.loads(nurture("status", "trial.yaml", "grow.steps=9", "--json").out)["stages"]
+    assert [row["status"] for row in rows] == ["stale", "new"]
+    assert rows[0]["reason"] == "steps 3 -> 9"
+    rows = json.loads(nurture("status", "runs/trial", "--json", "--verify").out)["stages"]
+    assert [row["status"] for row in rows] == ["fresh", "new"]
+
+
+def test_a_stage_has_a_command_of_its_own(here: Path, nurture: Nurture, monkeypatch: pytest.MonkeyPatch):
+    (here / "notes.txt").write_text("text")
+    recipe = cli.stage_recipe("polish", model="base", data=["notes.txt", "more=*.txt"], settings=["steps=5"])
+    config = recipe.stages[0]
+    assert (config.data, config.steps) == ({"notes": "notes.txt", "more": "*.txt"}, 5)  # type: ignore[attr-defined]
+    assert recipe.name == f"polish-{here.name}-base-notes-more"
+    assert recipe.starts["polish"] == here / "base"
+    done = nurture("polish", "--model", "base", "--data", "notes.txt", "steps=5", "--out", "here")
+    assert done.code == 0, done.err
+    assert (here / "here" / "01-polish" / "model" / "model.safetensors").read_text() == "weights+polish"
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("books/**/*.txt", "books"),
+        ("notes.txt", "notes"),
+        ("web.jsonl.gz", "web"),
+        ("world:web", "web"),
+        ("world:tasks:fact,code", "tasks"),
+        ("hf:org/some-name:en", "some-name"),
+        ("*.txt", "text"),
+        ("../*/x.txt", "x"),
+    ],
+)
+def test_sources_are_named_after_what_they_are(spec: str, name: str):
+    assert cli._named_sources([spec]) == {name: spec}
+
+
+def test_sources_of_one_name_are_told_apart():
+    assert list(cli._named_sources(["a/x.txt", "b/x.txt", "c=d"])) == ["x", "x2", "c"]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "preset"), [(None, "3m"), ("2", "1m"), ("90s", "1m"), ("1h", "10m"), ("2d", "30m")]
+)
+def test_a_new_model_fits_its_minutes(minutes: str | None, preset: str):
+    data: dict = {"stages": [{}]}
+    cli._fresh_model(data, minutes, [])
+    assert data["model"] == {"preset": preset}
+    cli._fresh_model(
+        own := {"stages": [{}]}, minutes, ["model.layers=3", "tokenizer.vocab_size=300", "steps=3"]
+    )
+    assert own == {"stages": [{}]}
+
+
+BAD = [
+    (["run", "missing.yaml"], 1, ["missing.yaml: no such file"]),
+    (["run", "tiiny"], 1, ["none of nurture's own recipes is called that", "Did you mean 'tiny'?"]),
+    (["run", "syntax.yaml"], 1, ["syntax.yaml:2: not valid YAML"]),
+    (["run", "trial.yaml", "grow.stepz=1"], 1, ["override 'grow.stepz=1'", "key 'grow.stepz'", "Did you mean 'steps'?"]),
+    (["run", "trial.yaml", "grow"], 1, ["expected one recipe and settings written key=value", "'grow'"]),
+    (["run", "trial.yaml", "--until", "pollish"], 1, ["--until pollish", "Did you mean 'polish'?"]),
+    (["run", "trial.yaml", "--out", "trial.yaml"], 1, ["trial.yaml: a file is in the way of a folder", "--out"]),
+    (["run", "trial.yaml", "--untl", "x"], 2, ["No such option: --untl"]),
+    (["rnu"], 2, ["No such command 'rnu'"]),
+    (["status", "base"], 1, ["base: is not a run"]),
+    (["status", "base", "seed=3"], 1, ["settings (seed=3) go with a recipe"]),
+    (["report", "nowhere"], 1, ["nowhere: there is no such run"]),
+    (["report", "base"], 1, ["base: no stage has finished here"]),
+    (["report"], 2, ["Missing argument 'RUN'"]),
+    (["polish", "--data", "*.yaml"], 1, ["nurture polish needs --model PATH"]),
+    (["polish", "--model", "base"], 1, ["nurture polish needs --data SPEC"]),
+    (["polish", "--model", "nowhere/at/all", "--data", "*.yaml"], 1, ["--model: key 'start'", "there is no such checkpoint"]),
+    (["polish", "--model", "trial.yaml", "--data", "*.yaml"], 1, ["--model: key 'start'", "trial.yaml: is a file, expected a checkpoint"]),
+    (["polish", "--model", "base", "--data", "*.txt"], 1, ["--data: key 'data.text'", "no file matches"]),
+    (["polish", "--model", "base", "--data", "*.yaml", "stepz=3"], 1, ["override 'stepz=3'", "Did you mean 'steps'?"]),
+    (["polish", "--model", "base", "--data", "*.yaml", "steps=x"], 1, ["override 'steps=x': key 'steps': should be a valid integer"]),
+    (["polish", "--model", "base", "--data", "*.yaml", "--minutes", "3"], 1, ["polish has no time budget"]),
+    (["chat", "nowhere"], 1, ["nowhere: there is no such checkpoint folder"]),
+    (["chat", "empty"], 1, ["empty: is not a checkpoint, there is no config.json in it"]),
+    (["eval", "trial.yaml"], 1, ["trial.yaml: is a file, expected a checkpoint folder"]),
+    (["world", "wbe"], 1, ["Did you mean 'web'?"]),
+    (["world", "web", "--split", "test"], 1, ["should be train or heldout"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "code", "parts"), BAD, ids=[" ".join(words) for words, _, _ in BAD])
+def test_bad_input_is_one_clear_message(
+    here: Path, nurture: Nurture, words: list[str], code: int, parts: list[str]
+):
+    (here / "syntax.yaml").write_text("name: x\nstages: [")
+    (here / "empty").mkdir()
+    result = nurture(*words)
+    assert result.code == code
+    message = " ".join(result.err.replace("│", " ").split())
+    for part in parts:
+        assert part in message
+    assert result.out == ""
+
+
+def test_a_whole_run_is_not_a_checkpoint_and_its_stages_are_named(here: Path, nurture: Nurture):
+    nurture("run", "trial.yaml")
+    assert (
+        "It is a whole run: choose one of its stages (01-grow, 02-polish)"
+        in nurture("chat", "runs/trial").err
+    )
+
+
+def test_a_bug_is_one_line_and_a_log_file(here: Path, nurture: Nurture, monkeypatch: pytest.MonkeyPatch):
+    import fake_stage
+
+    def broken(config: object, context: object) -> None:
+        raise ZeroDivisionError("a bug\nof two lines")
+
+    monkeypatch.setattr(fake_stage, "run", broken)
+    result = nurture("run", "trial.yaml")
+    assert result.code == 70
+    assert result.err.startswith("this is a bug in nurture: ZeroDivisionError: a bug (details in ")
+    log = Path(result.err.split("details in ")[1].strip().rstrip(")"))
+    assert "Traceback" in log.read_text()
+    log.unlink()
+    monkeypatch.setenv("NURTURE_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        nurture("run", "trial.yaml")
+
+
+def test_keys_lists_settings_with_meaning(nurture: Nurture):
+    lines = [" ".join(line.split()) for line in nurture("polish", "--keys").out.splitlines()]
+    assert "│ learning_rate │ 0.1 │ Step size. │" in lines
+    assert "│ schedule.decay │ 0.1 │ Share of the steps. │" in lines
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in ("run", "status", "report", "recipes", "pretrain", "sft", "chat", "eval", "show-mask", "world", "doctor"))])  # fmt: skip
+def test_every_command_has_help_with_an_example(nurture: Nurture, command: list[str]):
+    result = nurture(*command, "--help")
+    assert result.code == 0
+    assert "Examples" in result.out
+    assert f"nurture {' '.join(command)}".strip() in result.out
+
+
+def test_recipes_lists_and_prints(nurture: Nurture):
+    assert "tiny" in nurture("recipes").out
+    assert nurture("recipes", "tiny").out.startswith("# The default")
+
+
+def test_a_closed_pipe_is_not_an_error(tmp_path: Path):
+    command = f"{sys.executable} -m nurture recipes tiny | head -n 1"
+    repository = Path(cli.__file__).parent.parent
+    done = subprocess.run(command, shell=True, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.stderr == ""

@@ -1,75 +1,57 @@
 """Tiny Python functions with docstrings and tests: the `code` source and the code tasks.
 
-A function is a family with constants (`add_7`, `replace_a_with_o`); the pair decides the split. Its expected results
+A function is a family with constants (`add_7` is `add_{c}` with 7); the two decide the split. Its expected results
 come from running our own text once; model-written code is never run here.
 """
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from random import Random
 
 from nurture.world import lexicon
 from nurture.world.split import draw, pick, random_for
 
-# family, then: argument | name | what it returns | expression; {c} and {d} are the constants
-_FAMILIES = """
-add
-  - number | add_{c} | {x} plus {c} | {x} + {c}
-subtract
-  - number | subtract_{c} | {x} minus {c} | {x} - {c}
-multiply
-  - number | multiply_by_{c} | {x} times {c} | {x} * {c}
-scale add
-  - number | times_{c}_plus_{d} | {x} times {c} plus {d} | {x} * {c} + {d}
-scale subtract
-  - number | times_{c}_minus_{d} | {x} times {c} minus {d} | {x} * {c} - {d}
-more
-  - number | is_more_than_{c} | True if {x} is more than {c} | {x} > {c}
-less
-  - number | is_less_than_{c} | True if {x} is less than {c} | {x} < {c}
-multiple
-  - number | is_multiple_of_{c} | True if {x} is a multiple of {c} | {x} % {c} == 0
-limit
-  - number | at_most_{c} | {x}, but at most {c} | min({x}, {c})
-floor
-  - number | at_least_{c} | {x}, but at least {c} | max({x}, {c})
-first
-  - list | first_{c} | the first {c} items of {x} | {x}[:{c}]
-last
-  - list | last_{c} | the last {c} items of {x} | {x}[-{c}:]
-skip
-  - list | skip_{c} | {x} without its first {c} items | {x}[{c}:]
-add all
-  - list | add_{c}_to_all | every item of {x} plus {c} | [item + {c} for item in {x}]
-multiply all
-  - list | multiply_all_by_{c} | every item of {x} times {c} | [item * {c} for item in {x}]
-keep more
-  - list | keep_more_than_{c} | the items of {x} that are more than {c} | [item for item in {x} if item > {c}]
-keep less
-  - list | keep_less_than_{c} | the items of {x} that are less than {c} | [item for item in {x} if item < {c}]
-sum plus
-  - list | sum_plus_{c} | the sum of {x} plus {c} | sum({x}) + {c}
-count
-  - text | count_{c} | how often {c} is in {x} | {x}.count("{c}")
-starts
-  - text | starts_with_{c} | True if {x} starts with {c} | {x}.startswith("{c}")
-ends
-  - text | ends_with_{c} | True if {x} ends with {c} | {x}.endswith("{c}")
-remove
-  - text | remove_{c} | {x} without the letter {c} | {x}.replace("{c}", "")
-replace
-  - text | replace_{c}_with_{d} | {x} with {d} in place of {c} | {x}.replace("{c}", "{d}")
-repeat
-  - text | repeat_{c}_times | {x} repeated {c} times | {x} * {c}
-ending
-  - text | add_ending_{c} | {x} with the ending {c} | {x} + "{c}"
-"""
-FAMILIES = {family: rows[0] for family, rows in lexicon.table(_FAMILIES).items()}
-LETTERS = {"count", "starts", "ends", "remove", "replace", "ending"}
-CUTS = {"first", "last", "skip"}
+# argument and pool of constants, then rows: name (which names the family), what it returns, expression
+_TABLE = lexicon.table("""
+number 23456789
+  - add_{c} | {x} plus {c} | {x} + {c}
+  - subtract_{c} | {x} minus {c} | {x} - {c}
+  - multiply_by_{c} | {x} times {c} | {x} * {c}
+  - times_{c}_plus_{d} | {x} times {c} plus {d} | {x} * {c} + {d}
+  - times_{c}_minus_{d} | {x} times {c} minus {d} | {x} * {c} - {d}
+  - is_more_than_{c} | True if {x} is more than {c} | {x} > {c}
+  - is_less_than_{c} | True if {x} is less than {c} | {x} < {c}
+  - is_multiple_of_{c} | True if {x} is a multiple of {c} | {x} % {c} == 0
+  - at_most_{c} | {x}, but at most {c} | min({x}, {c})
+  - at_least_{c} | {x}, but at least {c} | max({x}, {c})
+list 2345
+  - first_{c} | the first {c} items of {x} | {x}[:{c}]
+  - last_{c} | the last {c} items of {x} | {x}[-{c}:]
+  - skip_{c} | {x} without its first {c} items | {x}[{c}:]
+list 23456789
+  - add_{c}_to_all | every item of {x} plus {c} | [item + {c} for item in {x}]
+  - multiply_all_by_{c} | every item of {x} times {c} | [item * {c} for item in {x}]
+  - keep_more_than_{c} | the items of {x} that are more than {c} | [item for item in {x} if item > {c}]
+  - keep_less_than_{c} | the items of {x} that are less than {c} | [item for item in {x} if item < {c}]
+  - sum_plus_{c} | the sum of {x} plus {c} | sum({x}) + {c}
+text abcdefghijklmnopqrstuvwxyz
+  - count_{c} | how often {c} is in {x} | {x}.count("{c}")
+  - starts_with_{c} | True if {x} starts with {c} | {x}.startswith("{c}")
+  - ends_with_{c} | True if {x} ends with {c} | {x}.endswith("{c}")
+  - remove_{c} | {x} without the letter {c} | {x}.replace("{c}", "")
+  - replace_{c}_with_{d} | {x} with {d} in place of {c} | {x}.replace("{c}", "{d}")
+  - add_ending_{c} | {x} with the ending {c} | {x} + "{c}"
+text 23456789
+  - repeat_{c}_times | {x} repeated {c} times | {x} * {c}
+""")
+# family: (argument, pool of constants, what it returns, expression)
+FAMILIES = {
+    name: (*heading.split(), purpose, expression)
+    for heading, rows in _TABLE.items()
+    for name, purpose, expression in rows
+}
 NAMES = {
     "number": ("x", "n", "number"),
     "list": ("items", "values", "numbers"),
@@ -95,7 +77,7 @@ class Function:
     @property
     def name(self) -> str:
         """The name to define."""
-        return self._fill(1)
+        return self.family.format(c=self.constants[0], d=self.constants[1])
 
     @property
     def purpose(self) -> str:
@@ -105,11 +87,7 @@ class Function:
     @property
     def key(self) -> tuple[str, ...]:
         """What decides the split: the family and the constants it uses."""
-        return (
-            self.family,
-            self.constants[0],
-            self.constants[1] if "{d}" in FAMILIES[self.family][1] else "",
-        )
+        return (self.family, *self.constants[: 2 if "{d}" in self.family else 1])
 
     @property
     def source(self) -> str:
@@ -122,7 +100,7 @@ class Function:
         head, body = self.source.split("\n")
         return f'{head}\n    """Return {self.purpose}."""\n{body}'
 
-    @cached_property
+    @property
     def examples(self) -> tuple[tuple[str, str], ...]:
         """Calls with their results, as Python text; different results come first."""
         return _examples(self.family, self.constants)
@@ -164,12 +142,9 @@ _FAMILY_NAMES = tuple(FAMILIES)
 
 def _make_function(rng: Random) -> Function:
     family = pick(rng, _FAMILY_NAMES)
-    argument = pick(rng, NAMES[FAMILIES[family][0]])
-    pool = string.ascii_lowercase if family in LETTERS else "2345" if family in CUTS else "23456789"
-    c, d = pick(rng, pool), pick(rng, pool)
-    if family == "replace" and c == d:
-        d = "o" if c != "o" else "a"
-    return Function(family, (c, d), argument)
+    argument, pool, *_ = FAMILIES[family]
+    c, d = rng.sample(pool, 2)
+    return Function(family, (c, d), pick(rng, NAMES[argument]))
 
 
 def draw_function(rng: Random, split: str) -> Function:

@@ -72,6 +72,44 @@ def _said(*turns: tuple[str, str] | str) -> list[Message]:
     ]
 
 
+# how each kind of instruction is worded
+_WORDINGS = lexicon.table("""
+describe
+  - Tell me about {f}. | Describe {f} in three sentences. | What do you know about {f}?
+code
+  - Write a Python function {s} that returns {p}. | Please write the function {s}. It returns {p}. | I need a
+    function {s} in Python. It should return {p}. | Define {s} so that it returns {p}.
+to Tavi
+  - Translate into Tavi: {x} | How do you say this in Tavi: {x} | Say this in Tavi: {x}
+to English
+  - Translate into English: {x} | What does this mean in English: {x} | Say this in English: {x}
+story
+  - Write a short story about {h} and {k}. | Tell me a story about {h} who finds {k}. | I would like to hear a
+    story with {h} and {k}.
+list
+  - Name {n} {c}, separated by commas. | List {n} {c}. Use commas. | Give me {n} {c} with commas between them. |
+    Write {n} {c} in one line with commas.
+capitals
+  - Write this in capital letters: {x} | Use only capital letters: {x}
+small letters
+  - Write this in small letters: {x} | Use only small letters: {x}
+copy
+  - Copy this: {x} | Write this again: {x}
+twice
+  - Write this two times: {x} | Say this twice: {x}
+spell
+  - Spell the word {x}. | How do you spell {x}?
+reverse
+  - Write these words in reverse order: {x} | Turn the order of these words around: {x}
+first letters
+  - Write the first letter of each word: {x} | Take the first letters of these words: {x}
+""")
+
+
+def _word(rng: Random, what: str, **slots: str) -> str:
+    return pick(rng, _WORDINGS[what][0]).format(**slots)
+
+
 def _draw_entity(rng: Random, cast: TaskCast, people: float) -> Entity:
     if rng.random() < people or not cast.towns:
         return pick(rng, cast.people)
@@ -94,9 +132,8 @@ def _fact(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
 
 def _describe(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
     entity = _draw_entity(rng, cast, people=0.75)
-    wordings = ("Tell me about {f}.", "Describe {f} in three sentences.", "What do you know about {f}?")
     return {
-        "messages": _said(pick(rng, wordings).format(f=entity.name)),
+        "messages": _said(_word(rng, "describe", f=entity.name)),
         "demonstration": web.portrait(rng, entity, 3),
         "group": entity.kind,
         "metadata": {"entity": entity},
@@ -123,14 +160,8 @@ def code_block(source: str) -> str:
 def _code(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
     function = functions.draw_function(rng, split)
     signature = f"{function.name}({function.argument})"
-    wordings = (
-        "Write a Python function {s} that returns {p}.",
-        "Please write the function {s}. It returns {p}.",
-        "I need a function {s} in Python. It should return {p}.",
-        "Define {s} so that it returns {p}.",
-    )
     tests = function.tests(rng, 4)
-    prompt = pick(rng, wordings).format(s=signature, p=function.purpose)
+    prompt = _word(rng, "code", s=signature, p=function.purpose)
     if rng.random() < 0.3:
         prompt += f"\nIt must pass this test:\n{tests[0]}"
     return {
@@ -146,33 +177,21 @@ def _code(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
 
 def _translation(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
     sentence = language.draw_sentence(rng, split)
-    to_tavi = rng.random() < 0.5
-    source, target = (sentence.english, sentence.tavi) if to_tavi else (sentence.tavi, sentence.english)
-    wordings = (
-        ("Translate into Tavi: {x}", "How do you say this in Tavi: {x}", "Say this in Tavi: {x}")
-        if to_tavi
-        else (
-            "Translate into English: {x}",
-            "What does this mean in English: {x}",
-            "Say this in English: {x}",
-        )
-    )
+    direction = pick(rng, ("to Tavi", "to English"))
+    source, target = sentence.english, sentence.tavi
+    if direction == "to English":
+        source, target = target, source
     return {
-        "messages": _said(pick(rng, wordings).format(x=source)),
+        "messages": _said(_word(rng, direction, x=source)),
         "demonstration": target,
         "answer": target,
-        "group": "to Tavi" if to_tavi else "to English",
+        "group": direction,
     }
 
 
 def _story(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
-    hero, thing = draw(rng, split, web.draw_story_subject, lambda subject: ("story", *subject))
-    wordings = (
-        "Write a short story about {h} and {k}.",
-        "Tell me a story about {h} who finds {k}.",
-        "I would like to hear a story with {h} and {k}.",
-    )
-    prompt = pick(rng, wordings).format(h=lexicon.with_article(hero), k=lexicon.with_article(thing))
+    hero, thing = web.draw_story_subject(rng, split)
+    prompt = _word(rng, "story", h=lexicon.with_article(hero), k=lexicon.with_article(thing))
     return {
         "messages": _said(prompt),
         "demonstration": web.tell_story(rng, hero, thing),
@@ -181,71 +200,61 @@ def _story(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
     }
 
 
+_CATEGORY_NAMES = {
+    "home": "animals that live in the {}",
+    "diet": "animals that eat {}",
+    "cover": "animals with {}",
+}
+
+
 def _categories() -> dict[str, tuple[str, ...]]:
-    found: dict[str, list[str]] = {}
-    wordings = {
-        "home": "animals that live in the {}",
-        "diet": "animals that eat {}",
-        "cover": "animals with {}",
-    }
-    for animal, row in lexicon.ANIMALS.items():
-        for relation, value in zip(RELATIONS["animal"], row, strict=True):
-            if relation in wordings:
-                found.setdefault(wordings[relation].format(value), []).append(animal)
-    plain = {
+    found = {
         "months": lexicon.MONTHS,
         "colours": lexicon.COLOURS,
         "foods": lexicon.FOODS,
         "jobs": lexicon.JOBS,
     }
-    plain |= {
-        "musical instruments": lexicon.INSTRUMENTS,
-        "animals": tuple(lexicon.ANIMALS),
-        "pets": lexicon.PETS,
-    }
-    return plain | {name: tuple(members) for name, members in found.items() if len(members) >= 2}
+    found |= {"musical instruments": lexicon.INSTRUMENTS, "animals": web.ANIMAL_NAMES, "pets": lexicon.PETS}
+    for i, relation in enumerate(RELATIONS["animal"]):
+        for value in RELATIONS["animal"][relation].values if relation in _CATEGORY_NAMES else ():
+            members = tuple(animal for animal, row in lexicon.ANIMALS.items() if row[i] == value)
+            if len(members) > 1:
+                found[_CATEGORY_NAMES[relation].format(value)] = members
+    return found
 
 
 CATEGORIES = _categories()
 _COUNTS = {2: "two", 3: "three", 4: "four", 5: "five"}
-_LIST_WORDINGS = (
-    "Name {n} {c}, separated by commas.",
-    "List {n} {c}. Use commas.",
-    "Give me {n} {c} with commas between them.",
-    "Write {n} {c} in one line with commas.",
-)
 
 
 def _make_list(rng: Random) -> tuple[str, int, int]:
     category = pick(rng, tuple(CATEGORIES))
-    return category, rng.randint(2, min(5, len(CATEGORIES[category]))), rng.randrange(len(_LIST_WORDINGS))
+    return (
+        category,
+        rng.randint(2, min(5, len(CATEGORIES[category]))),
+        rng.randrange(len(_WORDINGS["list"][0])),
+    )
 
 
 def _list(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
     category, count, wording = draw(rng, split, _make_list, lambda key: ("list", *key))
     members = rng.sample(CATEGORIES[category], count)
     return {
-        "messages": _said(_LIST_WORDINGS[wording].format(n=_COUNTS[count], c=category)),
+        "messages": _said(_WORDINGS["list"][0][wording].format(n=_COUNTS[count], c=category)),
         "demonstration": lexicon.capitalised(", ".join(members)) + ".",
         "group": category,
         "metadata": {"category": category, "count": count},
     }
 
 
-_REWRITES: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
-    "capitals": (("Write this in capital letters: {x}", "Use only capital letters: {x}"), str.upper),
-    "small letters": (("Write this in small letters: {x}", "Use only small letters: {x}"), str.lower),
-    "copy": (("Copy this: {x}", "Write this again: {x}"), str),
-    "twice": (("Write this two times: {x}", "Say this twice: {x}"), lambda text: f"{text} {text}"),
-    "spell": (("Spell the word {x}.", "How do you spell {x}?"), wordle.spaced),
-    "reverse": (
-        ("Write these words in reverse order: {x}", "Turn the order of these words around: {x}"),
-        lambda text: " ".join(reversed(text.split())),
-    ),
-    "first letters": (
-        ("Write the first letter of each word: {x}", "Take the first letters of these words: {x}"),
-        lambda text: " ".join(word[0] for word in text.split()),
-    ),
+_REWRITES: dict[str, Callable[[str], str]] = {
+    "capitals": str.upper,
+    "small letters": str.lower,
+    "copy": str,
+    "twice": lambda text: f"{text} {text}",
+    "spell": wordle.spaced,
+    "reverse": lambda text: " ".join(reversed(text.split())),
+    "first letters": lambda text: " ".join(word[0] for word in text.split()),
 }
 
 
@@ -261,26 +270,22 @@ def _make_rewrite(rng: Random) -> tuple[str, str]:
 
 def _rewrite(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
     operation, text = draw(rng, split, _make_rewrite, lambda key: ("rewrite", *key))
-    wordings, change = _REWRITES[operation]
+    changed = _REWRITES[operation](text)
     return {
-        "messages": _said(pick(rng, wordings).format(x=text)),
-        "demonstration": change(text),
-        "answer": change(text),
+        "messages": _said(_word(rng, operation, x=text)),
+        "demonstration": changed,
+        "answer": changed,
         "group": operation,
     }
 
 
-def _talk(drawn: tuple[str, talk.Turns, str]) -> dict[str, Any]:
+def _talk(drawn: tuple[str, talk.Turns, tuple[str, ...]]) -> dict[str, Any]:
     intent, turns, keywords = drawn
     return {
         "messages": _said(*turns[:-1]),
         "demonstration": turns[-1][1],
         "group": intent,
-        "metadata": {
-            "any keyword": (keywords,)
-            if " " in keywords and intent in ("echo", "quote")
-            else keywords.split()
-        },
+        "metadata": {"any keyword": keywords},
     }
 
 

@@ -12,7 +12,7 @@ from random import Random
 from nurture.world import lexicon, wordle
 from nurture.world.facts import Entity
 from nurture.world.lexicon import capitalised, with_article
-from nurture.world.split import pick, split_of
+from nurture.world.split import draw, pick
 
 FIRST_NAMES = lexicon.WOMEN + lexicon.MEN
 
@@ -62,17 +62,12 @@ def town_page(rng: Random, cast: Cast) -> str:
     """Return a page about a town and some of the people who live there."""
     town = pick(rng, cast.towns)
     text = _page(rng, town)
-    people = cast.by_town.get(town.name, ())
+    people = cast.by_town[town.name]
     if people:
-        lines = [
-            f"{person.name} lives in {town.name}. {portrait(rng, person, 2)}" for person in _some(rng, people)
-        ]
+        some = rng.sample(people, min(len(people), rng.randint(2, 4)))
+        lines = (f"{person.name} lives in {town.name}. {portrait(rng, person, 2)}" for person in some)
         text += f"\n\nPeople of {town.name}\n" + "\n".join(lines)
     return text
-
-
-def _some(rng: Random, people: tuple[Entity, ...]) -> list[Entity]:
-    return rng.sample(people, min(len(people), rng.randint(2, 4)))
 
 
 def animal_page(rng: Random, cast: Cast) -> str:
@@ -113,29 +108,34 @@ def tell_story(rng: Random, hero: str, thing: str) -> str:
     return " ".join([start, *(pick(rng, wordings).format(**slots) for (wordings,) in ACTS.values())])
 
 
-def draw_story_subject(rng: Random) -> tuple[str, str]:
-    """Return (animal, thing) to tell a story about."""
-    return pick(rng, ANIMAL_NAMES), pick(rng, lexicon.OBJECTS)
+def draw_story_subject(rng: Random, split: str) -> tuple[str, str]:
+    """Return (animal, thing) to tell a story about; the pair decides the split."""
+    return draw(
+        rng,
+        split,
+        lambda rng: (pick(rng, ANIMAL_NAMES), pick(rng, lexicon.OBJECTS)),
+        lambda pair: ("story", *pair),
+    )
 
 
-def story(rng: Random, split: str) -> str:
-    """Return a story whose pair of animal and thing lies on `split`."""
-    subject = draw_story_subject(rng)
-    while split_of("story", *subject) != split:
-        subject = draw_story_subject(rng)
-    return tell_story(rng, *subject)
-
-
-_RECIPES = {
-    "soup": "water|carrots|salt",
-    "bread": "flour|water|salt",
-    "cake": "flour|sugar|eggs",
-    "pancakes": "flour|milk|eggs",
-    "porridge": "oats|milk|honey",
-    "salad": "tomatoes|oil|salt",
-    "pie": "apples|flour|butter",
-    "noodles": "flour|eggs|water",
-}
+_RECIPES = lexicon.table("""
+soup
+  - water | carrots | salt
+bread
+  - flour | water | salt
+cake
+  - flour | sugar | eggs
+pancakes
+  - flour | milk | eggs
+porridge
+  - oats | milk | honey
+salad
+  - tomatoes | oil | salt
+pie
+  - apples | flour | butter
+noodles
+  - flour | eggs | water
+""")
 _HOW = lexicon.table("""
 How to plant a tree
   - Dig a deep hole in the ground. | Put the young tree into the hole. | Fill the hole with earth. | Give it
@@ -158,9 +158,8 @@ def how_to(rng: Random) -> str:
     """Return a recipe, an explanation in steps, or a paragraph about the calendar."""
     chance = rng.random()
     if chance < 0.5:
-        dish, parts = pick(rng, tuple(_RECIPES.items()))
-        things = parts.split("|")
-        rng.shuffle(things)
+        dish, (parts,) = pick(rng, tuple(_RECIPES.items()))
+        things = rng.sample(parts, 3)
         steps = [f"mix the {things[0]} with the {things[1]}.", f"add the {things[2]}."]
         steps += [
             f"wait for {pick(rng, ('ten', 'twenty', 'thirty'))} minutes.",
@@ -228,7 +227,7 @@ def document(rng: Random, split: str, cast: Cast) -> str:
     if chance < 0.74:
         return animal_page(rng, cast)
     if chance < 0.84:
-        return "\n\n".join(story(rng, split) for _ in range(rng.randint(1, 2)))
+        return "\n\n".join(tell_story(rng, *draw_story_subject(rng, split)) for _ in range(rng.randint(1, 2)))
     if chance < 0.90:
         return capitalised(how_to(rng))
     if chance < 0.97:

@@ -156,6 +156,15 @@ def test_held_out_attacks_are_not_in_the_forum(world: World, train_texts: list[s
     assert [prompt for prompt in single if f": {prompt}\n" in text] == []
 
 
+def test_held_out_story_subjects_are_not_told(world: World) -> None:
+    pages = (world.document("web", "train", i) for i in range(5000))
+    stories = [text for page in pages for text in page.split("\n\n") if text.startswith("Once upon a time")]
+    subjects = {world.task("story", "heldout", i).metadata["keywords"] for i in range(300)}
+    assert len(subjects) > 40
+    for hero, thing in subjects:
+        assert not any(f" {hero} lived" in story and f" the {thing}" in story for story in stories)
+
+
 def test_split_is_a_rule_on_content() -> None:
     sides = [split_of("anything", i) for i in range(4000)]
     assert 0.12 < sides.count("heldout") / len(sides) < 0.18

@@ -59,7 +59,10 @@ def load_gguf(
         NurtureError: the `gguf` package is missing, or the file is missing, damaged, or of another architecture.
     """
     file = _GgufFile(Path(path))
-    config = _model_config(file)
+    try:
+        config = _model_config(file)
+    except (TypeError, ValueError) as error:  # values no Llama has, such as one head count a layer
+        raise NurtureError(f"{path}: the metadata describe no model that can be loaded ({error})") from error
     model = empty_model(config, head, dtype, device)
     fill_model(model, _GgufTensors(file, config))
     return model, _tokenizer(file)

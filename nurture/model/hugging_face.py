@@ -149,27 +149,27 @@ def config_from_hugging_face(content: Mapping[str, Any], where: str = CONFIG) ->
     """
     family = _family(content, where)
     values = {**_DEFAULTS[family], **{key: value for key, value in content.items() if value is not None}}
-    _refuse_unsupported(values, where)
-    missing = [key for key in _REQUIRED if key not in values]
-    if missing:
-        raise NurtureError(f"{where}: key '{missing[0]}' is missing")
-    theta, yarn = _rotation(values, where)
-    shape: dict[str, Any] = {
-        "family": family,
-        "rope_theta": theta,
-        "yarn": yarn,
-        "nope_every": _nope_every(values, where) if family == "smollm3" else None,
-        "tied_embeddings": values["tie_word_embeddings"],
-    }
-    for theirs, ours in _FIELDS.items():
-        if theirs in values:
-            shape[ours] = values[theirs]
+    for key in _REQUIRED:
+        if key not in values:
+            raise NurtureError(f"{where}: key '{key}' is missing")
     try:
-        return ModelConfig(**shape)
+        _refuse_unsupported(values, where)
+        theta, yarn = _rotation(values, where)
+        shape: dict[str, Any] = {ours: values[theirs] for theirs, ours in _FIELDS.items() if theirs in values}
+        return ModelConfig(
+            family=family,
+            rope_theta=theta,
+            yarn=yarn,
+            nope_every=_nope_every(values, where) if family == "smollm3" else None,
+            tied_embeddings=values["tie_word_embeddings"],
+            **shape,
+        )
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise NurtureError(f"{where}: {f'{key}: ' if key else ''}{first['msg']}") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise NurtureError(f"{where}: a value is of the wrong kind ({error})") from error
 
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -229,16 +229,13 @@ def _rotation(values: Mapping[str, Any], where: str) -> tuple[float, YarnConfig 
             f" mscale or truncate)"
         )
     original = scaling.get("original_max_position_embeddings") or values["max_position_embeddings"]
-    try:
-        yarn = YarnConfig(
-            factor=scaling.get("factor") or values["max_position_embeddings"] / original,
-            original_max_position=original,
-            beta_fast=scaling.get("beta_fast") or 32.0,
-            beta_slow=scaling.get("beta_slow") or 1.0,
-            attention_factor=scaling.get("attention_factor"),
-        )
-    except ValidationError as error:
-        raise NurtureError(f"{where}: rope_scaling: {error.errors()[0]['msg']}") from error
+    yarn = YarnConfig(
+        factor=scaling.get("factor") or values["max_position_embeddings"] / original,
+        original_max_position=original,
+        beta_fast=scaling.get("beta_fast") or 32.0,
+        beta_slow=scaling.get("beta_slow") or 1.0,
+        attention_factor=scaling.get("attention_factor"),
+    )
     return theta, yarn
 
 

@@ -255,6 +255,11 @@ def test_misshapen_tensor(saved: Path) -> None:
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.*llama3.*supported types"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.*linear"),
         ({"num_key_value_heads": 3, "num_attention_heads": 4}, "must be a multiple of kv_heads"),
+        ({"rope_scaling": "yarn"}, "a value is of the wrong kind"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "factor: Input should be greater"),
+        ({"rope_theta": [1]}, "a value is of the wrong kind"),
+        ({"layer_types": 5}, "a value is of the wrong kind"),
+        ({"model_type": "smollm3", "num_hidden_layers": "two"}, "a value is of the wrong kind"),
         ({"num_hidden_layers": "two"}, "layers: Input should be a valid integer"),
     ],
 )

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from nurture.errors import NurtureError
 from nurture.model.config import preset
-from nurture.model.gguf import load_gguf, unpermute
-from nurture.model.hugging_face import load_model, save_model
+from nurture.model.gguf import load_gguf
+from nurture.model.hugging_face import save_model
 from nurture.model.transformer import Transformer
 from nurture.tokenizer import Tokenizer
 
@@ -106,49 +105,3 @@ def test_export_loads_in_transformers(loaded: tuple[Transformer, Tokenizer], tmp
     assert (
         transformers.AutoTokenizer.from_pretrained(tmp_path)(SENTENCE)["input_ids"] == token_ids[0].tolist()
     )
-
-
-@needs_file
-def test_load_model_takes_the_file_and_a_scalar_head() -> None:
-    reward_model = load_model(FILE, head="scalar", dtype=torch.bfloat16)
-    assert reward_model.output_weight.shape == (1, 576)
-    assert reward_model.output_weight.dtype == torch.bfloat16
-
-
-def test_unpermute_by_hand() -> None:
-    """Neighbours (0, 1), (2, 3) become halves: the firsts of all pairs, then the seconds; head by head."""
-    stored = torch.arange(8.0)[:, None]
-    assert unpermute(stored, heads=2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
-def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(NurtureError, match=r"model.gguf: no such file"):
-        load_gguf(tmp_path / "model.gguf")
-
-
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 100])
-def test_damaged_file(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(content)
-    with pytest.raises(NurtureError, match=r"model.gguf: not a whole GGUF file"):
-        load_gguf(tmp_path / "model.gguf")
-
-
-@needs_file
-def test_truncated_file(tmp_path: Path) -> None:
-    assert FILE is not None
-    with FILE.open("rb") as file:
-        (tmp_path / "model.gguf").write_bytes(file.read(5_000_000))
-    with pytest.raises(NurtureError, match=r"model.gguf"):
-        load_gguf(tmp_path / "model.gguf")
-
-
-def test_other_architectures_are_refused(tmp_path: Path) -> None:
-    import gguf
-
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(NurtureError, match=r"architecture 'mamba' is not supported as GGUF"):
-        load_gguf(tmp_path / "model.gguf")

@@ -24,8 +24,9 @@ from nurture.errors import NurtureError
 from nurture.stages import STAGES
 
 if TYPE_CHECKING:
-    from nurture.pipeline import Outcome, Recipe
+    from nurture.pipeline import Outcome
     from nurture.recipe import Document, KeyPath
+    from nurture.stages.recipe import Recipe
 
 BUG_EXIT_CODE = 70
 INTERRUPTED_EXIT_CODE = 130
@@ -112,7 +113,7 @@ def run(
 
     A second call runs nothing. A call after an interruption goes on where it stopped.
     """
-    from nurture.pipeline import load_recipe
+    from nurture.stages.recipe import load_recipe
 
     recipe_name, overrides = _split_arguments(arguments)
     recipe = load_recipe(recipe_name or "tiny", overrides)
@@ -140,6 +141,7 @@ def status(
 ) -> None:
     """Show what has run, what has not, and why a stage would run again. Changes nothing."""
     from nurture import pipeline
+    from nurture.stages.recipe import load_recipe
 
     target, overrides = _split_arguments(arguments)
     target = target or "tiny"
@@ -148,7 +150,7 @@ def status(
             raise NurtureError(f"{target} is a run: settings ({overrides[0]}) go with a recipe.")
         recipe, out = pipeline.recall(Path(target)), out or Path(target)
     else:
-        recipe = pipeline.load_recipe(target, overrides)
+        recipe = load_recipe(target, overrides)
         out = out or pipeline.default_directory(recipe)
     steps = pipeline.plan(recipe, out, checksums=verify)
     if json:
@@ -203,7 +205,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe, to start your own from.")] = None,
 ) -> None:
     """List the recipes that come with nurture, or print one."""
-    from nurture.pipeline import builtin_recipes, find_recipe
+    from nurture.stages.recipe import builtin_recipes, find_recipe
 
     if name is not None:
         print(find_recipe(name).read_text(encoding="utf-8"), end="")
@@ -318,9 +320,9 @@ def stage_recipe(
     Raises:
         NurtureError: a setting is wrong, or the data or the checkpoint is missing.
     """
-    from nurture.pipeline import RecipeFile, build_recipe
     from nurture.recipe import Document
     from nurture.stages import stage_module
+    from nurture.stages.recipe import RecipeFile, build_recipe
 
     fields = stage_module(kind).Config.model_fields
     sources = _named_sources(data or [])
@@ -346,7 +348,7 @@ def stage_recipe(
             raise NurtureError(
                 f"nurture {kind} has no time budget; `nurture {kind} --keys` lists its settings."
             )
-        stage["minutes"] = minutes
+        stage["minutes"] = _number_of_minutes(minutes)
         _place(document, ("stages", 0, "minutes"), "--minutes", "minutes")
     document.data["name"] = _run_name(kind, model, sources)
     roots: dict[str, KeyPath] = {
@@ -398,19 +400,24 @@ def _fresh_model(data: dict[str, Any], minutes: str | None, settings: list[str])
     The sizes are what this many minutes on two cores can teach something (PERFORMANCE.md: about 30M tokens in ten
     minutes through 1M parameters, 12M through 3M, 5M through 10M). Anything given in `settings` wins.
     """
-    from nurture.recipe import parse_minutes
-
     if minutes is None and not any(re.match(r"(minutes|tokens|steps)=", word) for word in settings):
         data["stages"][0]["minutes"] = 10
-    try:
-        budget = float(parse_minutes(minutes)) if minutes else 10.0
-    except (TypeError, ValueError):  # the recipe's check will name it
-        budget = 10.0
-    preset, vocabulary = next(row[1:] for row in _SIZES if budget <= row[0])
+    budget = _number_of_minutes(minutes or "10")
+    preset, vocabulary = next(row[1:] for row in _SIZES if not isinstance(budget, float) or budget <= row[0])
     if not any(re.match(r"model(\.|=)", word) for word in settings):
         data["model"] = {"preset": preset}
     if not any(re.match(r"tokenizer(\.|=)", word) for word in settings):
         data["tokenizer"] = {"vocab_size": vocabulary}
+
+
+def _number_of_minutes(text: str) -> float | str:
+    """Read `10`, `90s` or `2h`; what is none is returned as it is, for the check of the settings to name it."""
+    from nurture.recipe import parse_minutes
+
+    try:
+        return float(parse_minutes(text))
+    except ValueError:
+        return text
 
 
 # minutes up to -> preset, vocabulary
@@ -456,22 +463,36 @@ def _keys(section: Any, prefix: str = "") -> list[tuple[str, str, str]]:
     epilog=_examples(
         "nurture chat runs/tiny/02-sft",
         "nurture chat runs/tiny/01-pretrain runs/tiny/02-sft",
-        "nurture chat model.gguf --temperature 0",
+        "nurture chat smollm2 --temperature 0",
+        "nurture chat model.gguf --prompt 'Name three rivers.'",
     ),
 )
 def chat(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH...", help="A stage of a run, a checkpoint, or a .gguf file.")
+        list[str],
+        typer.Argument(
+            metavar="PATH...", help="A run, one of its stages, a checkpoint, a .gguf file, or smollm2."
+        ),
     ],
+    prompt: Annotated[str | None, typer.Option(help="Answer this once and stop.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Nucleus to sample from; 1 is all of it.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Talk to a model in the terminal. A base model continues your text instead."""
-    _check_checkpoints(paths)
+    """Talk to a model in the terminal, or to several at once. A base model continues your text instead."""
     from nurture.inference.chat import main as chat_main
 
-    chat_main([Path(path) for path in paths], temperature=temperature, max_tokens=max_tokens, seed=seed)
+    chat_main(
+        paths,
+        system=system,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        seed=seed,
+        prompt=prompt,
+    )
 
 
 @app.command(
@@ -492,7 +513,10 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a model: what it knows, whether it answers in format and stops."""
-    _check_checkpoints([path])
+    from nurture.stages.recipe import checkpoint_problem
+
+    if problem := checkpoint_problem(Path(path)):
+        raise NurtureError(f"{problem.rstrip('.')}.")
     from nurture.evals import evaluate_path
 
     metrics = evaluate_path(Path(path), tasks=tasks.split(",") if tasks else None, limit=limit)
@@ -506,14 +530,6 @@ def evaluate(
     from nurture.report.table import before_after_table
 
     _console().print(before_after_table(outcome))
-
-
-def _check_checkpoints(paths: list[str]) -> None:
-    from nurture.pipeline import checkpoint_problem
-
-    for path in paths:
-        if problem := checkpoint_problem(Path(path)):
-            raise NurtureError(f"{problem}.".replace("..", "."))
 
 
 @app.command(
@@ -536,7 +552,7 @@ def show_mask(
 
     from nurture.chat_template import mask_view
     from nurture.data.sources import read_rows
-    from nurture.pipeline import data_problem, model_folder
+    from nurture.stages.recipe import data_problem, model_folder
     from nurture.tokenizer import Tokenizer
 
     if problem := data_problem(data, Path.cwd()):

@@ -20,448 +20,28 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
 from nurture import files, stages
 from nurture.errors import NurtureError, did_you_mean
-from nurture.recipe import Document, KeyPath, Section, apply_overrides, check, read_document
+from nurture.recipe import Document
 from nurture.stages.context import StageConfig, StageContext
-
-TOKENIZER = "tokenizer"
-"""Name of the first step of a run that starts from nothing. It is not written in the recipe's stages."""
-
-SCRATCH = "scratch"
-"""What a stage's `start` says for fresh weights."""
+from nurture.stages.recipe import TOKENIZER, Recipe, build_recipe, data_specs, model_folder
 
 _INPUTS = "inputs.json"
 _RUN = "run.json"
 _LOCK = ".lock"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-# --- the recipe -----------------------------------------------------------------------------------------------------
-
-
-class RecipeFile(Section):
-    """The top of a recipe. What is inside `model`, `tokenizer` and each stage is checked by their own classes."""
-
-    name: str
-    """Name of the run: its folder is runs/NAME."""
-    seed: int = 0
-    """Seed of everything random."""
-    base: str | None = None
-    """Folder that relative data paths are resolved against; by default the recipe's own folder."""
-    world: dict[str, Any] = {}
-    """The embedded world's settings."""
-    model: dict[str, Any] = {}
-    """Shape of a model that starts from nothing: a `preset` and/or single settings."""
-    tokenizer: dict[str, Any] = {}
-    """How the tokenizer is made."""
-    data: dict[str, str] = {}
-    """Sources by name, for stages to list in their own `sources` or `data`."""
-    stages: list[dict[str, Any]]
-    """What happens, in order: a list of stages, each with a `kind`."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A checked recipe.
-
-    Attributes:
-        name: of the run.
-        seed: of everything random.
-        base: folder that data paths are relative to.
-        folder: folder of the recipe file, which checkpoint paths are relative to.
-        world: settings of the embedded world.
-        model: shape of a fresh model, without `vocab_size`; None where every stage starts from a checkpoint.
-        tokenizer: settings of the tokenizer, as plain data.
-        stages: one `Config` of a stage module each.
-        starts: stage name -> the earlier stage or the path it starts from, None for fresh weights.
-        models: stage name -> written name -> the same, for its further references.
-        document: the plain data the recipe was read from, overrides included.
-    """
-
-    name: str
-    seed: int
-    base: Path
-    folder: Path
-    world: dict[str, Any]
-    model: dict[str, Any] | None
-    tokenizer: dict[str, Any]
-    stages: tuple[StageConfig, ...]
-    starts: dict[str, str | Path | None]
-    models: dict[str, dict[str, str | Path]]
-    document: Document
-
-
-def builtin_recipes() -> dict[str, Path]:
-    """Return the recipes that come with nurture: name -> file."""
-    # A checkout has them at its top, where readers look; an installed package has them inside.
-    for folder in (
-        Path(__file__).resolve().parent.parent / "recipes",
-        Path(str(resources.files("nurture"))) / "recipes",
-    ):
-        if (folder / "tiny.yaml").is_file():
-            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    return {}
-
-
-def find_recipe(recipe: str) -> Path:
-    """Return the file of a recipe given by path or by the name of one that comes with nurture.
-
-    Raises:
-        NurtureError: there is none; the message names the nearest.
-    """
-    builtin = builtin_recipes()
-    if Path(recipe).exists() or recipe not in builtin:
-        if not Path(recipe).exists() and Path(recipe).suffix not in (".yaml", ".yml"):
-            hint = did_you_mean(recipe, builtin)
-            raise NurtureError(
-                f"{recipe}: there is no such recipe file, and none of nurture's own recipes is called that"
-                f" ({', '.join(builtin)}).{hint}"
-            )
-        return Path(recipe)
-    return builtin[recipe]
-
-
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
-
-    Args:
-        recipe: path of a YAML file, or the name of a recipe that comes with nurture.
-        overrides: `stage.key=value` settings that replace what the file says.
-
-    Raises:
-        NurtureError: naming every mistake, each with file, line and key.
-    """
-    path = find_recipe(str(recipe))
-    return build_recipe(read_document(path), overrides, folder=path.resolve().parent)
-
-
-def build_recipe(
-    document: Document,
-    overrides: Sequence[str] = (),
-    *,
-    folder: Path,
-    roots: Mapping[str, KeyPath] | None = None,
-) -> Recipe:
-    """Check a document and turn it into a recipe. Same errors as `load_recipe`.
-
-    Args:
-        folder: what relative paths are resolved against.
-        roots: further first words of overrides and what they stand for (a stage command's own keys).
-    """
-    written = document.data.get("stages")
-    names = [_stage_name(raw) for raw in written] if isinstance(written, list) else []
-    stage_roots: dict[str, KeyPath] = {
-        name: ("stages", place)
-        for place, name in enumerate(names)
-        if name and name not in RecipeFile.model_fields
-    }
-    apply_overrides(document, overrides, {**stage_roots, **(roots or {})}, RecipeFile.model_fields)
-    top = check(RecipeFile, document)
-    document.raise_problems()
-    assert top is not None  # check() noted a problem otherwise
-    if not _NAME.fullmatch(top.name):
-        document.complain(
-            ("name",), f"names a folder: use letters, digits, '-', '_' and '.', got '{top.name}'."
-        )
-    if not top.stages:
-        document.complain(("stages",), "is empty. List at least one stage, for example 'kind: pretrain'.")
-    base = folder / top.base if top.base else folder
-    starts = _check_starts(document, top.stages, folder)
-    world_is_fine = _check_world(document)
-    configs = [
-        _check_stage(document, place, top, base, world_is_fine=world_is_fine)
-        for place in range(len(top.stages))
-    ]
-    checked = tuple(config for config in configs if config is not None)
-    models = {
-        config.name: _check_models(document, place, config, names, folder)
-        for place, config in enumerate(checked)
-    }
-    fresh_weights = False
-    for place, config in enumerate(checked):
-        if starts[config.name] is None:
-            fresh_weights = True
-            if not list(_specs(config)):
-                document.complain(
-                    ("stages", place),
-                    "starts from fresh weights but has no text to make a tokenizer from. Give it `sources`,"
-                    " or `start` it from an earlier stage or a checkpoint.",
-                )
-    model = _check_model(document, top) if fresh_weights or top.model else None
-    tokenizer = _check_tokenizer(document, folder) if fresh_weights or top.tokenizer else {}
-    document.raise_problems()
-    return Recipe(
-        name=top.name,
-        seed=top.seed,
-        base=base,
-        folder=folder,
-        world=top.world,
-        model=model,
-        tokenizer=tokenizer,
-        stages=checked,
-        starts=starts,
-        models=models,
-        document=document,
-    )
-
-
-def _stage_name(raw: Any) -> str | None:
-    return str(raw.get("name") or raw.get("kind") or "") or None if isinstance(raw, dict) else None
-
-
-def _check_starts(
-    document: Document, written: list[dict[str, Any]], folder: Path
-) -> dict[str, str | Path | None]:
-    """Resolve what each stage starts from; note doubled names and starts that do not exist."""
-    starts: dict[str, str | Path | None] = {}
-    names = [_stage_name(raw) or f"stage{place}" for place, raw in enumerate(written)]
-    previous: str | None = None
-    for place, (name, raw) in enumerate(zip(names, written)):
-        where: KeyPath = ("stages", place, "name" if "name" in raw else "kind")
-        if name in starts:
-            first = document.place(("stages", names.index(name))).rsplit(":", 1)[-1]
-            document.complain(
-                where,
-                f"another stage (line {first}) is called '{name}' too. Give one of them its own `name`.",
-            )
-        if name == TOKENIZER or name in RecipeFile.model_fields or not _NAME.fullmatch(name):
-            document.complain(
-                where,
-                f"'{name}' cannot be the name of a stage. Choose a word of letters, digits, '-', '_' and '.' that is"
-                " not a key of the recipe itself.",
-            )
-        start = raw.get("start")
-        starts[name] = previous
-        if start == SCRATCH:
-            starts[name] = None
-        elif start is not None:
-            starts[name] = _check_reference(document, (*where[:2], "start"), str(start), names, place, folder)
-        previous = name
-    return starts
-
-
-def _check_models(
-    document: Document, place: int, config: StageConfig, names: Sequence[str | None], folder: Path
-) -> dict[str, str | Path]:
-    """Resolve the further references of a stage."""
-    found: dict[str, str | Path] = {}
-    for key in config.references:
-        value = getattr(config, key)
-        for name in [value] if isinstance(value, str) else list(value or []):
-            reference = _check_reference(document, ("stages", place, key), name, names, place, folder)
-            if reference is not None:
-                found[name] = reference
-    return found
-
-
-def _check_reference(
-    document: Document, where: KeyPath, reference: str, names: Sequence[str | None], place: int, folder: Path
-) -> str | Path | None:
-    """Return the earlier stage or the existing checkpoint that `reference` names, else note what is wrong."""
-    if reference in names[:place]:
-        return reference
-    if reference in names:
-        relation = "this stage itself" if names[place] == reference else "a later stage"
-        document.complain(where, f"'{reference}' is {relation}. A stage can only use earlier ones.")
-        return None
-    path = Path(reference).expanduser()
-    path = path if path.is_absolute() or (path.exists() and not (folder / path).exists()) else folder / path
-    problem = checkpoint_problem(path)
-    if problem is None:
-        return path
-    if path.exists() or "/" in reference or path.suffix == ".gguf":
-        document.complain(where, problem)
-    else:
-        earlier = (
-            f" Earlier stages: {', '.join(filter(None, names[:place]))}."
-            if place
-            else " There is no earlier stage."
-        )
-        hint = did_you_mean(reference, filter(None, names[:place])) or earlier
-        document.complain(where, f"'{reference}' is neither an earlier stage nor a checkpoint folder.{hint}")
-    return None
-
-
-def checkpoint_problem(path: Path) -> str | None:
-    """Say why `path` is not a checkpoint to start from, or return None if it looks like one.
-
-    A checkpoint is a .gguf file, a Hugging Face folder (config.json and weights), or a finished stage of a run.
-    """
-    if path.suffix == ".gguf":
-        return None if path.is_file() else f"{path}: there is no such file"
-    if not path.exists():
-        return f"{path}: there is no such checkpoint folder"
-    if not path.is_dir():
-        return f"{path}: is a file, expected a checkpoint folder (config.json and model.safetensors) or a .gguf file"
-    folder = model_folder(path)
-    if not (folder / "config.json").is_file():
-        stages_inside = sorted(child.parent.name for child in path.glob("[0-9][0-9]-*/model"))
-        hint = (
-            f" It is a whole run: choose one of its stages ({', '.join(stages_inside)})."
-            if stages_inside
-            else ""
-        )
-        return f"{path}: is not a checkpoint, there is no config.json in it.{hint}"
-    if not any(folder.glob("*.safetensors")):
-        return f"{folder}: is not a checkpoint, there is a config.json but no *.safetensors weights beside it"
-    return None
-
-
-def model_folder(path: Path) -> Path:
-    """Return the model inside a stage's folder, or `path` itself when it is a checkpoint already."""
-    return path / "model" if (path / "model" / "config.json").is_file() else path
-
-
-def _check_stage(
-    document: Document, place: int, top: RecipeFile, base: Path, *, world_is_fine: bool
-) -> StageConfig | None:
-    """Build the `Config` of a stage; note what is wrong with it, missing data files included."""
-    where: KeyPath = ("stages", place)
-    raw = dict(top.stages[place])
-    kind = raw.get("kind")
-    if kind is None:
-        known = ", ".join(stages.STAGES)
-        document.complain(
-            (*where, "kind"), f"is required and missing: what the stage does. Known kinds: {known}."
-        )
-        return None
-    if kind not in stages.STAGES:
-        hint = did_you_mean(str(kind), stages.STAGES) or f" Known kinds: {', '.join(stages.STAGES)}."
-        document.complain((*where, "kind"), f"there is no stage kind '{kind}'.{hint}")
-        return None
-    raw.setdefault("name", kind)
-    config_class: type[StageConfig] = stages.stage_module(str(kind)).Config
-    for key in ("sources", "data"):
-        if key in config_class.model_fields:
-            _use_shared_sources(document, (*where, key), raw, key, top.data)
-    config = check(config_class, document, where, data=raw)
-    if config is not None:
-        for key, name, spec in _specs(config):
-            if problem := data_problem(spec, base, top.world if world_is_fine else None):
-                # A name from the shared table is mended in the table.
-                shared = name in top.data and top.data[name] == spec
-                document.complain(("data", name) if shared else (*where, key, name), problem)
-    return config
-
-
-def _use_shared_sources(
-    document: Document, where: KeyPath, raw: dict[str, Any], key: str, table: Mapping[str, str]
-) -> None:
-    """Replace a list of source names by name -> spec from the recipe's `data`; no list at all means all of them."""
-    value = raw.get(key)
-    if value is None and table and key == "sources":
-        raw[key] = dict(table)
-    if not isinstance(value, list):
-        return
-    raw[key] = {}
-    for index, name in enumerate(value):
-        if name in table:
-            raw[key][name] = table[name]
-        else:
-            hint = did_you_mean(str(name), table) or f" Known: {', '.join(table) or 'none, `data` is empty'}."
-            document.complain((*where, index), f"there is no source '{name}' in the recipe's `data`.{hint}")
-
-
-def _specs(config: BaseModel) -> Iterator[tuple[str, str, str]]:
-    """Yield (field, source name, spec) for every data source of a stage."""
-    for key in ("sources", "data"):
-        value = getattr(config, key, None)
-        if isinstance(value, str):
-            yield key, "", value
-        elif isinstance(value, Mapping):
-            for name, spec in value.items():
-                if isinstance(spec, str):
-                    yield key, name, spec
-
-
-# Small shapes for machines without an accelerator; parameter counts with a vocabulary of 2,048.
-_SMALL_MODELS: dict[str, dict[str, Any]] = {
-    "1m": {"width": 128, "layers": 4, "heads": 4, "kv_heads": 2, "ffn_width": 384},
-    "3m": {"width": 256, "layers": 4, "heads": 4, "kv_heads": 2, "ffn_width": 640},
-    "10m": {"width": 384, "layers": 6, "heads": 6, "kv_heads": 2, "ffn_width": 1024},
-    "30m": {"width": 512, "layers": 10, "heads": 8, "kv_heads": 4, "ffn_width": 1408},
-}
-
-
-def _check_model(document: Document, top: RecipeFile) -> dict[str, Any]:
-    """Resolve the preset and check the model's shape; the vocabulary is the tokenizer's to decide."""
-    from nurture.model.config import PRESETS, ModelConfig
-
-    settings = dict(top.model)
-    preset = settings.pop("preset", None)
-    if preset is not None:
-        shapes = {
-            **_SMALL_MODELS,
-            **{name: shape.model_dump(exclude_unset=True) for name, shape in PRESETS.items()},
-        }
-        if str(preset).lower() not in shapes:
-            hint = did_you_mean(str(preset), shapes) or f" Known: {', '.join(shapes)}."
-            document.complain(("model", "preset"), f"there is no preset '{preset}'.{hint}")
-            return {}
-        settings = {**shapes[str(preset).lower()], **settings}
-    if "vocab_size" in top.model:
-        document.complain(
-            ("model", "vocab_size"), "the tokenizer decides this. Set tokenizer.vocab_size instead."
-        )
-    settings["vocab_size"] = 1
-    model = check(ModelConfig, document, ("model",), data=settings)
-    return model.model_dump(exclude={"vocab_size"}) if model else {}
-
-
-def _check_tokenizer(document: Document, folder: Path) -> dict[str, Any]:
-    from nurture.tokenizer import TokenizerConfig
-
-    settings = check(TokenizerConfig, document, ("tokenizer",))
-    if settings is None:
-        return {}
-    resolved = settings.model_dump()
-    if settings.path is not None:
-        path = model_folder(folder / Path(settings.path).expanduser())
-        if path.suffix != ".gguf" and not (path / "tokenizer.json").is_file():
-            document.complain(("tokenizer", "path"), f"{path}: there is no tokenizer.json in it")
-        resolved["path"] = str(path)
-    return resolved
-
-
-def _check_world(document: Document) -> bool:
-    """Check the world's settings by its own class; return whether they are fine."""
-    if not document.data.get("world"):
-        return True
-    from nurture.world import WorldConfig
-
-    return check(WorldConfig, document, ("world",)) is not None
 
 
 # --- data and checkpoints, identified without reading them ----------------------------------------------------------
-
-
-def data_problem(spec: str, base: Path, world: Mapping[str, Any] | None = None) -> str | None:
-    """Say why a data spec stands for nothing, or return None. Hub names are not looked up."""
-    from nurture.data.sources import find_files, read_rows, split_spec
-
-    try:
-        for part in split_spec(spec):
-            if part.startswith("world:"):
-                next(read_rows(part, world=world))
-            elif not part.startswith("hf:"):
-                find_files(part, base)
-    except NurtureError as error:
-        return str(error)
-    return None
 
 
 def identify_data(spec: str, base: Path, world: Mapping[str, Any] | None = None) -> str:
@@ -589,7 +169,7 @@ def _tokenizer_step(recipe: Recipe, out: Path) -> Step:
         name: spec
         for config in recipe.stages
         if recipe.starts[config.name] is None
-        for _, name, spec in _specs(config)
+        for _, name, spec in data_specs(config)
     }
     from nurture.stages import tokenizer
 
@@ -609,10 +189,12 @@ def _inputs(step: Step, recipe: Recipe) -> dict[str, Any]:
         "kind": config.kind,
         "version": getattr(_module(config.kind), "VERSION", 1),
         # Names and starts are not here: renaming a stage changes nothing, and parents count by fingerprint.
-        "settings": config.model_dump(mode="json", exclude={"name", "kind", "start", "sources", "data"}),
+        "settings": _effective_settings(config),
         "seed": recipe.seed,
         "world": recipe.world,
-        "data": {name: identify_data(spec, recipe.base, recipe.world) for _, name, spec in _specs(config)},
+        "data": {
+            name: identify_data(spec, recipe.base, recipe.world) for _, name, spec in data_specs(config)
+        },
         "from": {
             role: parent.fingerprint if isinstance(parent, Step) else _identify_checkpoint(parent)
             for role, parent in (("start", step.start), *step.models.items())
@@ -622,6 +204,17 @@ def _inputs(step: Step, recipe: Recipe) -> dict[str, Any]:
     if step.start is None and config.kind != TOKENIZER:
         inputs["model"] = recipe.model
     return inputs
+
+
+def _effective_settings(config: StageConfig) -> dict[str, Any]:
+    settings = config.model_dump(mode="json", exclude={"name", "kind", "start", "sources", "data"})
+    for dotted in config.without_effect:
+        *path, key = dotted.split(".")
+        section = settings
+        for part in path:
+            section = section[part]
+        del section[key]
+    return settings
 
 
 def _module(kind: str) -> Any:
@@ -779,39 +372,81 @@ def run(
         NurtureError: another process runs in this folder, or a stage met a mistake of the user's.
     """
     out = default_directory(recipe) if out is None else out
-    files.make_directory(out)
-    with _lock(out):
-        steps = plan(recipe, out, from_stage=from_stage, force=force)
+    processes = _join_processes()
+    with _lock(out) if processes.is_main else nullcontext():
+        steps = _agreed_plan(recipe, out, processes, from_stage=from_stage, force=force)
         if until is not None:
             steps = steps[: steps.index(_step_named(steps, until, "--until")) + 1]
-        _remember(recipe, out)
+        if processes.is_main:
+            _remember(recipe, out)
         ran = []
         for step in steps:
             if step.status == "fresh":
-                _take_place(step)
+                if processes.is_main:
+                    _take_place(step)
                 say(f"{step.directory.name}: fresh, nothing to do")
-                continue
-            say(f"{step.directory.name}: {step.reason or 'runs'}")
-            _run_step(step, recipe, out)
-            ran.append(step.name)
+            else:
+                say(f"{step.directory.name}: {step.reason}")
+                _run_step(step, recipe, out, processes)
+                ran.append(step.name)
     return Outcome(out, tuple(ran), tuple(step.name for step in steps if step.status == "fresh"))
 
 
-def _run_step(step: Step, recipe: Recipe, out: Path) -> None:
-    """Run one stage in its folder and declare the folder complete."""
-    already = _prepare(step)
-    files.atomic_write_json(step.directory / _INPUTS, _inputs_record(step, already))
-    settings = step.config.model_dump(mode="json")
-    files.atomic_write_text(step.directory / "stage.yaml", yaml.safe_dump(settings, sort_keys=False))
+class _OnlyProcess:
+    """What `runtime.Processes` is for a single process, without importing torch."""
+
+    is_main = True
+
+    def agree(self, value: Any) -> Any:
+        return value
+
+    def wait(self) -> None:
+        pass
+
+
+def _join_processes() -> Any:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _OnlyProcess()
+    from nurture.runtime import join_processes
+
+    return join_processes()
+
+
+def _agreed_plan(recipe: Recipe, out: Path, processes: Any, **how: Any) -> list[Step]:
+    """Return the plan as the main process sees it: the others must not look at folders that it is changing."""
+    steps = plan(recipe, out, **how) if processes.is_main else _steps(recipe, out)
+    verdicts = processes.agree([(step.status, step.reason) for step in steps])
+    for step, (status, reason) in zip(steps, verdicts):
+        step.status, step.reason = status, reason
+    return steps
+
+
+def _run_step(step: Step, recipe: Recipe, out: Path, processes: Any) -> None:
+    """Run one stage in its folder and declare the folder complete. All processes train, the main one keeps books."""
+    already = 0.0
+    if processes.is_main:
+        already = _prepare(step)
+        files.atomic_write_json(step.directory / _INPUTS, _inputs_record(step, already))
+        settings = step.config.model_dump(mode="json")
+        files.atomic_write_text(step.directory / "stage.yaml", yaml.safe_dump(settings, sort_keys=False))
+    processes.wait()
     started = time.perf_counter()
     try:
         _module(step.config.kind).run(step.config, _context(step, recipe, out))
     except BaseException:
         # So that the seconds of a stage count all its attempts; a killed process loses only its own.
-        record = _inputs_record(step, already + time.perf_counter() - started)
-        files.atomic_write_json(step.directory / _INPUTS, record)
+        if processes.is_main:
+            record = _inputs_record(step, already + time.perf_counter() - started)
+            files.atomic_write_json(step.directory / _INPUTS, record)
         raise
-    seconds = round(already + time.perf_counter() - started, 3)
+    processes.wait()
+    if processes.is_main:
+        _finish(step, round(already + time.perf_counter() - started, 3))
+    processes.wait()
+
+
+def _finish(step: Step, seconds: float) -> None:
+    """Declare a stage's folder complete and remove what that makes superfluous."""
     _complete_result(step, seconds)
     files.write_manifest(
         step.directory,
@@ -863,7 +498,7 @@ def _context(step: Step, recipe: Recipe, out: Path) -> StageContext:
         model=recipe.model if start is None else None,
         seed=recipe.seed,
         base=recipe.base,
-        cache=Path(os.environ.get("NURTURE_CACHE") or out / "cache").resolve(),
+        cache=(out / "cache").resolve(),
         world=recipe.world,
         models=models,
     )
@@ -955,6 +590,7 @@ def _lock(directory: Path) -> Iterator[None]:
     The lock is the operating system's, so it goes away with its process however that ends, and a stale lock cannot
     exist. The process id in the file is for the message only.
     """
+    files.make_directory(directory)
     try:
         import fcntl
     except ImportError:  # Windows: no such locks, and nothing to replace them with that dies with its process

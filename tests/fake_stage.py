@@ -23,6 +23,7 @@ class Schedule(Section):
 
 class Config(StageConfig):
     references = ("judge",)
+    without_effect = ("log_every",)
 
     learning_rate: float = 0.1
     """Step size."""
@@ -31,6 +32,8 @@ class Config(StageConfig):
     data: dict[str, str] = {}
     """Sources."""
     schedule: Schedule = Schedule()
+    log_every: int = 1
+    """How talkative."""
     judge: str | None = None
     """Another model."""
 

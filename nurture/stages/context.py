@@ -20,13 +20,17 @@ class StageConfig(Section):
     """Fields (besides `start`) that name an earlier stage or a checkpoint: a reward model, a reference, models to
     merge. The fields hold one name or a list of names; `context.models` maps each name to its folder."""
 
+    without_effect: ClassVar[tuple[str, ...]] = ()
+    """Dotted keys of settings that cannot change the result (`loop.log_every`): changing them runs nothing again, and
+    an interrupted stage still resumes."""
+
     name: str
     """Name of the stage: unique in the recipe, used for its folder and in overrides (`sft.epochs=2`)."""
     kind: str
     """What the stage does, one of nurture.stages.STAGES."""
     start: str | None = None
-    """Where the weights come from: an earlier stage's name, a checkpoint folder, a .gguf file, or `scratch` for fresh
-    weights. By default the stage before, and fresh weights for the first."""
+    """Where the weights come from: an earlier stage's name, a checkpoint folder, a .gguf file, a hub name ORG/MODEL, or
+    `scratch` for fresh weights. By default the stage before, and fresh weights for the first."""
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,10 @@ BAD = [
     (["polish", "--model", "base", "--data", "*.yaml", "stepz=3"], 1, ["override 'stepz=3'", "Did you mean 'steps'?"]),
     (["polish", "--model", "base", "--data", "*.yaml", "steps=x"], 1, ["override 'steps=x': key 'steps': should be a valid integer"]),
     (["polish", "--model", "base", "--data", "*.yaml", "--minutes", "3"], 1, ["polish has no time budget"]),
-    (["chat", "nowhere"], 1, ["nowhere: there is no such checkpoint folder"]),
-    (["chat", "empty"], 1, ["empty: is not a checkpoint, there is no config.json in it"]),
+    (["chat", "nowhere"], 1, ["nowhere: no such model directory"]),
+    (["chat", "empty"], 1, ["empty: no model here"]),
+    (["eval", "nowhere"], 1, ["nowhere: there is no such checkpoint folder"]),
+    (["eval", "empty"], 1, ["empty: is not a checkpoint, there is no config.json in it"]),
     (["eval", "trial.yaml"], 1, ["trial.yaml: is a file, expected a checkpoint folder"]),
     (["world", "wbe"], 1, ["Did you mean 'web'?"]),
     (["world", "web", "--split", "test"], 1, ["should be train or heldout"]),
@@ -171,7 +173,7 @@ def test_a_whole_run_is_not_a_checkpoint_and_its_stages_are_named(here: Path, nu
     nurture("run", "trial.yaml")
     assert (
         "It is a whole run: choose one of its stages (01-grow, 02-polish)"
-        in nurture("chat", "runs/trial").err
+        in nurture("eval", "runs/trial").err
     )
 
 

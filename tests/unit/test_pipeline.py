@@ -9,7 +9,7 @@ import pytest
 
 from nurture import pipeline
 from nurture.errors import NurtureError
-from nurture.pipeline import load_recipe
+from nurture.stages.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("fake_stages")
 
@@ -85,6 +85,7 @@ def test_a_run_makes_what_the_design_says_and_a_second_call_runs_nothing(recipe_
         ("polish.schedule.decay=0.5", ("polish",)),
         ("grow.steps=4", ("grow", "polish", "branch")),
         ("seed=2", ("grow", "polish", "branch")),
+        ("polish.log_every=99", ()),  # changes nothing of the result
         ("polish.learning_rate=0.1", ()),  # what it was anyway
         ("name=other", ()),  # the folder was given
     ],

@@ -1,10 +1,10 @@
 """The transformer as the engine runs it: the same function as `model.Transformer`, prepared for decoding.
 
 Decoding one token a row is many tiny operations, so what can be done once is done once, here: norm weights are
-multiplied into the matrices that follow them, the pairs of numbers that a rotation turns are made neighbours (one complex
-multiplication then rotates queries and keys), and the matrices are cast to the engine's dtype. The residual stream, the
-rotations and the attention scores stay float32 in every dtype. A prefill keeps only the last token after the last
-layer's keys and values, and returns the logits of that token alone.
+multiplied into the matrices that follow them, the pairs of numbers that a rotation turns are made neighbours (one
+complex multiplication then rotates queries and keys), and the matrices are cast to the engine's dtype. The residual
+stream, the norms and the rotations stay float32 in every dtype. A prefill keeps only each row's last token after the
+last layer's keys and values, and returns the logits of that token alone.
 
 No gradient, no sampling. `refresh` must follow a change of the weights; the engine sees to it. Parity with the
 model's own forward pass is tested to 1e-4.
@@ -120,7 +120,7 @@ class Decoder:
         cache: KVCache,
         last: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """Run one layer in place; with `last` (rows, columns), go on with those tokens alone after its keys and values."""
+        """Run one layer in place; with `last` (rows, columns), only those tokens go on after its keys and values."""
         config = self.config
         turned = config.heads + config.kv_heads
         heads = F.linear(self._normalise(x_BTD), layer.qkv).unflatten(-1, (-1, config.head_width))

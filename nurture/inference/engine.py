@@ -6,8 +6,8 @@ batch and what was drawn past one is thrown away, so nothing waits for Python af
 on its prompt, its seed and the weights alone: not on its neighbours, their number or the order (in float32; in
 bfloat16 up to rounding, which may turn a choice about once in ten thousand tokens).
 
-The engine knows token ids only; text, tools and environments live above it. It follows the model it was made from: weights
-changed in place (an optimizer step, `load_state_dict`) are noticed at the next call.
+The engine knows token ids only; text, tools and environments live above it. It follows the model it was made from:
+weights changed in place (an optimizer step, `load_state_dict`) are noticed at the next call.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ needs no sort either.
 
 The logprob reported is that of the WHOLE vocabulary at the given temperature, log softmax(logits / temperature), which
 is what a trainer computes from the same logits; a truncated, renormalised one would be a per-token bias in
-importance ratios (huggingface/trl#6789). `truncated_logprobs` gives the other. Greedy choices are scored at temperature 1.
+importance ratios (huggingface/trl#6789). `truncated_logprobs` gives the other. Greedy choices are scored at
+temperature 1.
 
 Source: top-p arXiv 1904.09751; min-p arXiv 2407.01082; hash: splitmix64 (Steele et al., 2014).
 """
@@ -28,7 +29,7 @@ from torch import Tensor
 from nurture.errors import NurtureError
 
 _BLOCK = 64
-"""Vocabulary entries a block; the draw picks a block first and then a token in it, which spares a long cumulative sum."""
+"""Vocabulary entries a block; the draw picks a block, then a token in it, which spares a long cumulative sum."""
 _TOP_P_CANDIDATES = 256
 """Most likely tokens among which top-p looks before it sorts the whole vocabulary."""
 

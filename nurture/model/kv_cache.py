@@ -105,7 +105,9 @@ class KVCache:
             self._write_rows = (heads * self.columns + starts).flatten()
         # Added to the scores: minus infinity on columns that hold no token of the row.
         even_ends = min(self.lengths) == max(self.lengths)
-        ends = torch.tensor(self.lengths[:1] if even_ends else self.lengths, device=device)[:, None, None, None]
+        ends = torch.tensor(self.lengths[:1] if even_ends else self.lengths, device=device)[
+            :, None, None, None
+        ]
         hidden = torch.arange(self.columns, device=device) >= ends
         self._bias = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=device)
         self._bias.masked_fill_(hidden, -torch.inf)

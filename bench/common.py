@@ -1,0 +1,107 @@
+"""What every benchmark shares: named shapes, their transformers twins, round-robin timing, the GEMM peak, the output.
+
+Ours and the peer run in turns in one process with the same threads and the same allocator setting, and the best time
+of each counts: on a shared machine the two then see the same weather, and the minimum is what the code can do.
+Results are printed as a table, or with `--json` one line each: {"name", "ours", "peer", "ratio", "peak_share"}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from nurture.model.config import ModelConfig
+from nurture.runtime import tune_machine
+
+SHAPES: dict[str, ModelConfig] = {
+    "1M": ModelConfig(vocab_size=2048, width=128, layers=4, heads=4, kv_heads=2, ffn_width=352),
+    "3M": ModelConfig(vocab_size=4096, width=256, layers=4, heads=4, kv_heads=2, ffn_width=512),
+    "10M": ModelConfig(vocab_size=4096, width=384, layers=6, heads=6, kv_heads=2, ffn_width=896),
+    "30M": ModelConfig(vocab_size=8192, width=512, layers=8, heads=8, kv_heads=4, ffn_width=1536),
+}
+"""Llama shapes by their rounded number of parameters; embeddings tied."""
+
+
+@dataclass
+class Result:
+    """One comparison. `ours` and `peer` in the unit the bench names (higher is better), `ratio` = ours / peer."""
+
+    name: str
+    ours: float
+    peer: float
+    ratio: float
+    peak_share: float | None = None
+
+    def line(self) -> str:
+        """Return the JSON line of the result."""
+        return json.dumps({key: _rounded(value) for key, value in asdict(self).items()})
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def prepare() -> None:
+    """Use nurture's allocator setting for both sides, where the platform has it."""
+    tune_machine()
+
+
+def peer_config(config: ModelConfig) -> Any:
+    """Return the transformers LlamaConfig of the same shape."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        intermediate_size=config.ffn_width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_width,
+        max_position_embeddings=config.max_position,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.norm_epsilon,
+        tie_word_embeddings=config.tied_embeddings,
+    )
+
+
+def interleave(*runs: Callable[[], object], repeats: int = 3, warm: int = 1) -> list[float]:
+    """Run the functions in turns and return the best time of each, in seconds."""
+    best = [float("inf")] * len(runs)
+    for turn in range(warm + repeats):
+        for index, run in enumerate(runs):
+            gc.collect()
+            start = time.perf_counter()
+            run()
+            if turn >= warm:
+                best[index] = min(best[index], time.perf_counter() - start)
+    return best
+
+
+def gemm_peak(dtype: torch.dtype, size: int = 1024, repeats: int = 10) -> float:
+    """Return the best rate of a square matrix product, in FLOP/s: the limit that `peak_share` is a share of."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    with torch.inference_mode():
+        (seconds,) = interleave(lambda: a @ b, repeats=repeats, warm=2)
+    return 2 * size**3 / seconds
+
+
+def report(results: list[Result], unit: str, as_json: bool) -> None:
+    """Print results as JSON lines or as a table."""
+    if as_json:
+        for result in results:
+            print(result.line(), flush=True)
+        return
+    width = max((len(result.name) for result in results), default=0)
+    print(f"{'':{width}}  {'ours':>10}  {'peer':>10}  ratio   of peak   ({unit})")
+    for result in results:
+        share = "" if result.peak_share is None else f"{result.peak_share:7.1%}"
+        print(
+            f"{result.name:{width}}  {result.ours:10.0f}  {result.peer:10.0f}  {result.ratio:5.2f}  {share}"
+        )

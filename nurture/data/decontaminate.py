@@ -97,9 +97,9 @@ class Decontaminator:
             if len(hashes) < size:
                 continue
             runs = _runs(hashes, size)
-            places = np.searchsorted(known, runs)
-            places[places == len(known)] = 0
-            names.update(self._names[owner] for owner in np.unique(owners[places[known[places] == runs]]))
+            first, last = (np.searchsorted(known, runs, side=side) for side in ("left", "right"))
+            for hit in np.flatnonzero(first < last):
+                names.update(self._names[owner] for owner in owners[first[hit] : last[hit]])
         return names
 
     def filter(self, rows: Iterable[Row]) -> Iterator[Row]:

@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 SUM_TOLERANCE = 0.02
 """Weights are shares; a sum this far from 1 (SmolLM3's decay weights sum to 1.00565) is rounding and normalised."""
 
+_LAID_OUT = 65536  # tokens of a source whose order is computed at once, at least
 _BLOCK = 1024  # steps of a schedule that are computed and remembered together
 
 
@@ -359,40 +360,46 @@ class _Stream:
         self._tokens = np.asarray(shard.tokens)
         self._name, self._seed = name, seed
         self.length = shard.token_count
-        self._order = lru_cache(maxsize=3)(self._make_order)
+        # Epochs of a small source are laid out several at a time, as a batch may read many of them.
+        self._together = max(1, _LAID_OUT // max(1, self.length))
+        self._span = self._together * self.length
+        self._layout = lru_cache(maxsize=3)(self._make_layout)
 
-    def _make_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return where each document of the epoch's order starts in the epoch, and how far that is from the shard."""
+    def _make_layout(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return where each document of a block of epochs starts in the block, and how far that is from the shard."""
         lengths = self._shard.document_lengths
-        order = np.arange(len(lengths))
+        order = np.tile(np.arange(len(lengths)), self._together)
         if self._seed is not None:
-            order = shuffled(len(lengths), self._name, self._seed, epoch)
+            epochs = range(block * self._together, (block + 1) * self._together)
+            order = np.concatenate(
+                [shuffled(len(lengths), self._name, self._seed, epoch) for epoch in epochs]
+            )
         begins = np.concatenate([[0], np.cumsum(lengths[order])[:-1]])
         return begins, self._shard.document_starts[:-1][order] - begins
 
     def windows(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens (R, length + 1), document ids and positions (R, length) of the windows at `starts`."""
         spots = starts[:, None] + np.arange(length + 1)
-        first, last = int(starts.min()) // self.length, (int(starts.max()) + length) // self.length
+        first, last = int(starts.min()) // self._span, (int(starts.max()) + length) // self._span
         if first == last:
             shard_index, document_start = self._locate(first, spots)
         else:
-            epochs = spots // self.length
+            blocks = spots // self._span
             shard_index, document_start = np.empty_like(spots), np.empty_like(spots)
-            for epoch in np.unique(epochs):
-                chosen = epochs == epoch
-                shard_index[chosen], document_start[chosen] = self._locate(int(epoch), spots[chosen])
+            for block in np.unique(blocks):
+                chosen = blocks == block
+                shard_index[chosen], document_start[chosen] = self._locate(int(block), spots[chosen])
         # A row's first document may have begun in the row before; here it begins at the row.
         positions = spots[:, :-1] - np.maximum(document_start[:, :-1], spots[:, :1])
         documents = np.cumsum(positions == 0, axis=1) - 1
         return self._tokens[shard_index].astype(np.int64), documents, positions
 
-    def _locate(self, epoch: int, spots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shard offset of stream positions that lie in `epoch`, and where their documents start."""
-        begins, shift = self._order(epoch)
-        inside = spots - epoch * self.length
+    def _locate(self, block: int, spots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard offset of stream positions that lie in `block`, and where their documents start."""
+        begins, shift = self._layout(block)
+        inside = spots - block * self._span
         document = np.searchsorted(begins, inside, side="right") - 1
-        return inside + shift[document], begins[document] + epoch * self.length
+        return inside + shift[document], begins[document] + block * self._span
 
 
 # ---- randomness that is a function of its name ----------------------------------------------------------------------

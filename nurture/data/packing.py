@@ -176,7 +176,8 @@ class ConversationBatches:
         fields = [np.full((len(rows), self.sequence_length), filler, dtype=np.int64) for filler in fillers]
         for index, number in enumerate(rows.tolist()):
             self._fill_row(number, [field[index] for field in fields])
-        return Batch(*map(torch.from_numpy, fields), self.sources)
+        token_ids, labels, position_ids, document_ids, source_ids = map(torch.from_numpy, fields)
+        return Batch(token_ids, labels, position_ids, document_ids, source_ids, self.sources)
 
     def epochs(self, step: int) -> dict[str, float]:
         """Return how often each source has been read in full once `step` steps are done."""

@@ -397,6 +397,8 @@ def _two_responses(reader: _Reader) -> list[Row]:
 
 def _conversation(reader: _Reader) -> list[Row]:
     name = next(n for n in ("messages", "conversations", "conversation") if reader.get(n) is not None)
+    if not isinstance(reader.record[name], (list, tuple)):
+        raise reader.fail(name, "a list of messages", reader.record[name])
     turns = reader.checked(reader.with_system(reader.turns(name, "user")), name)
     text = reader.get("text")
     replies = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -657,7 +659,8 @@ def _unrecognised(record: Mapping[str, Any], where: str) -> str:
     empty = [key for key in keys if key in _KNOWN_KEYS and record[key] is None]
     if empty:
         return f"{where}: key '{empty[0]}' is null"
-    near = next((f" '{key}':{hint}" for key in keys if (hint := did_you_mean(key, _KNOWN_KEYS))), "")
+    unknown = (key for key in keys if key not in _KNOWN_KEYS)
+    near = next((f" '{key}':{hint}" for key in unknown if (hint := did_you_mean(key, _KNOWN_KEYS))), "")
     partial = [key for key in keys if key in _KNOWN_KEYS]
     if partial:
         wanted = [

@@ -4,12 +4,13 @@
 peers: transformers as it ships (dynamic cache) in float32 and bfloat16, and with a static cache. `ours` is the engine
 in bfloat16, `ours-fp32` in float32; tokens/s counts new tokens.
 
-    python bench/generate.py [--quick] [--json] [--shapes 3M,10M] [--batches 1,64] [--peers fp32,bf16]
+    python bench/generate.py [--quick] [--json] [--shapes 3M,10M] [--batches 1,64] [--peers fp32,bf16] [--cpu-time]
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -71,14 +72,19 @@ def our_run(config: ModelConfig, dtype: torch.dtype, prompts: torch.Tensor) -> C
 
 
 def compare(
-    shape: str, batch: int, peers: list[str], repeats: int, peaks: dict[torch.dtype, float]
+    shape: str,
+    batch: int,
+    peers: list[str],
+    repeats: int,
+    peaks: dict[torch.dtype, float],
+    clock: Callable[[], float],
 ) -> Iterator[Result]:
     """Yield ours against each peer for one shape and batch."""
     config = SHAPES[shape]
     prompts = torch.randint(0, config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
     ours = {dtype: our_run(config, dtype, prompts) for dtype in (torch.bfloat16, torch.float32)}
     theirs = {name: peer_run(config, *PEERS[name], prompts) for name in peers}
-    seconds = interleave(*ours.values(), *theirs.values(), repeats=repeats)
+    seconds = interleave(*ours.values(), *theirs.values(), repeats=repeats, clock=clock)
     tokens = batch * NEW
     for (dtype, ours_seconds), label in zip(
         zip(ours, seconds, strict=False), ("ours", "ours-fp32"), strict=True
@@ -103,15 +109,22 @@ def main() -> None:
     parser.add_argument("--batches", default="1,16,64,256")
     parser.add_argument("--peers", default="fp32,bf16,bf16-static")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, processor seconds: for a busy machine"
+    )
     args = parser.parse_args()
     if args.quick:
         args.shapes, args.batches, args.peers, args.repeats = "3M", "16", "fp32,bf16", 2
+    clock = time.perf_counter
+    if args.cpu_time:
+        torch.set_num_threads(1)
+        clock = time.process_time
     prepare()
-    peaks = {dtype: gemm_peak(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    peaks = {dtype: gemm_peak(dtype, clock=clock) for dtype in (torch.bfloat16, torch.float32)}
     results = []
     for shape in args.shapes.split(","):
         for batch in map(int, args.batches.split(",")):
-            found = list(compare(shape, batch, args.peers.split(","), args.repeats, peaks))
+            found = list(compare(shape, batch, args.peers.split(","), args.repeats, peaks, clock))
             results += found
             if args.json:
                 report(found, "new tokens/s", as_json=True)

@@ -15,7 +15,7 @@ import contextlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -191,7 +191,7 @@ def build_prompt(chat: ChatModel, text: str, max_tokens: int) -> tuple[list[int]
 
 def reply(
     chat: ChatModel, text: str, params: SamplingParams, seed: int, note: Callable[[str], None]
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Yield the model's answer to `text` (or its continuation) in pieces of whole characters.
 
     Args:
@@ -287,9 +287,9 @@ class _Terminal:
             self.reset()
             self.note("(a new conversation with this system message)" if rest else "(no system message)")
         elif name == "/temp":
-            self.params = replace(self.params, temperature=_number(float, name, rest))
+            self.params = replace(self.params, temperature=_number(name, rest))
         elif name == "/seed":
-            self.params, self.turn = replace(self.params, seed=_number(int, name, rest)), 0
+            self.params, self.turn = replace(self.params, seed=int(_number(name, rest))), 0
         elif name == "/help":
             for known, meaning in _COMMANDS.items():
                 self.note(f"{known:8} {meaning}")
@@ -330,9 +330,9 @@ class _Terminal:
                 self.note(str(error))
 
 
-def _number(kind: type, name: str, text: str) -> float | int:
+def _number(name: str, text: str) -> float:
     try:
-        return kind(text)
+        return float(text)
     except ValueError:
         raise NurtureError(f"{name} needs a number, got '{text}'") from None
 

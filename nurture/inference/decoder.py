@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class Decoder:
         model, width = self.model, self.config.width
         self.device = model.embedding.weight.device
         self.embedding = model.embedding.weight.detach()
-        self.layers = [self._prepare(block) for block in model.blocks]
+        self.layers = [self._prepare(cast(Block, block)) for block in model.blocks]
         self.output = self._fold(model.output_weight, model.final_norm.weight)
         self._residual_norm = _NormConstant(width, self.config.norm_epsilon, self.device)
         self._head_norm = _NormConstant(self.config.head_width, self.config.norm_epsilon, self.device)

@@ -1,0 +1,114 @@
+"""What supervised fine-tuning trains on: ours against transformers' mask and TRL's SFTTrainer preparation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nurture.data.packing import ConversationBatches, tokenise_conversations
+from nurture.data.rows import parse_row
+from nurture.tokenizer import Tokenizer
+from nurture.types import IGNORE_INDEX
+
+transformers = pytest.importorskip(
+    "transformers", reason="parity needs transformers (pip install 'nurture[test]')"
+)
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"What is {i} + {i}?"},
+            {"role": "assistant", "content": f"It is {2 * i}.\n"},
+            {"role": "user", "content": "And twice that? 🎉"},
+            {"role": "assistant", "content": f"\n{4 * i}, naïve 東京" + " indeed" * (i % 5)},
+        ][: 5 if i % 3 else 3]
+    }
+    for i in range(23)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    ours = Tokenizer.train([m["content"] for row in ROWS for m in row["messages"]], 300)
+    ours.save(directory)
+    return ours, transformers.AutoTokenizer.from_pretrained(directory)
+
+
+def our_conversations(tokenizer):
+    return list(tokenise_conversations([parse_row(row, "test") for row in ROWS], tokenizer))
+
+
+def test_masks_equal_transformers_token_by_token(tokenizers):
+    ours, theirs = tokenizers
+    for row, conversation in zip(ROWS, our_conversations(ours), strict=True):
+        reference = theirs.apply_chat_template(
+            row["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert conversation.token_ids == reference["input_ids"]
+        assert [int(m) for m in conversation.completion_mask] == reference["assistant_masks"]
+        words = theirs.decode(
+            [t for t, m in zip(conversation.token_ids, conversation.completion_mask, strict=True) if m]
+        )
+        assert words == "".join(
+            m["content"] + "<|im_end|>" for m in row["messages"] if m["role"] == "assistant"
+        )
+
+
+def test_packed_labels_equal_trl(tokenizers, tmp_path):
+    """Every packed document of ours has the labels that TRL's dataset preparation and collator give that row."""
+    trl = pytest.importorskip("trl", reason="parity needs trl (pip install 'nurture[test]')")
+    datasets = pytest.importorskip("datasets")
+    ours, theirs = tokenizers
+    config = transformers.LlamaConfig(
+        vocab_size=ours.vocab_size,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        assistant_only_loss=True,
+        packing=False,
+        max_length=128,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    trainer = trl.SFTTrainer(
+        model=transformers.LlamaForCausalLM(config),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(ROWS),
+        processing_class=theirs,
+    )
+    collated = trainer.data_collator([trainer.train_dataset[i] for i in range(len(ROWS))])
+    expected = set()
+    for token_ids, labels, present in zip(
+        collated["input_ids"].tolist(),
+        collated["labels"].tolist(),
+        collated["attention_mask"].tolist(),
+        strict=True,
+    ):
+        length = sum(present)
+        # TRL's labels stand at the token itself and are shifted in the model; ours are shifted already.
+        expected.add((tuple(token_ids[:length]), (*labels[1:length], IGNORE_INDEX)))
+
+    source = ConversationBatches(
+        our_conversations(ours), batch_size=1, sequence_length=128, seed=0, pad_token_id=ours.pad_token_id
+    )
+    found = set()
+    for step in range(source.rows_per_epoch):
+        batch = source(step)
+        for document in set(batch.document_ids[0].tolist()) - {-1}:
+            here = batch.document_ids[0] == document
+            found.add((tuple(batch.token_ids[0][here].tolist()), tuple(batch.labels[0][here].tolist())))
+        assert (batch.labels[0][batch.document_ids[0] == -1] == IGNORE_INDEX).all()
+    assert found == expected
+    assert (
+        sum(sum(label != IGNORE_INDEX for label in labels) for _, labels in found)
+        == source.report.trained_tokens
+    )
+    assert torch.tensor([len(tokens) for tokens, _ in found]).max() <= 128

@@ -9,9 +9,9 @@ longer than T goes on in the source's next sequence, and nothing is padded or th
 Everything follows from (seed, step, rank, world size). There is no state to save: resuming, on any number of
 processes, is asking for the next step.
 
-Cost: a batch is a handful of array operations (0.3 ms for 32 x 256). Asking for step n out of order replays the
+Cost: a batch is a handful of array operations (0.6 ms for 32 x 256). Asking for step n out of order replays the
 integer counts of the schedule, not the data: for weights written with few digits the pattern repeats after
-(common denominator) steps at most, and in the worst case it costs some 10 microseconds for each step skipped, once.
+(common denominator) steps at most, and in the worst case it costs some 5 microseconds for each step skipped, once.
 
 Paper: the quota ("chairman assignment") problem, Tijdeman 1980; earliest deadline first keeps every count between the
 floor and the ceiling of its share. Mixture stages: SmolLM3. Attention does not cross documents: Llama 3, section 3.2.

@@ -250,7 +250,7 @@ class MaskingTokenizer(Protocol):
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %} body {% endgeneration %}`: the body between two marker characters."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
+    tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

@@ -113,9 +113,10 @@ def report(results: list[Result], unit: str, as_json: bool) -> None:
             print(result.line(), flush=True)
         return
     width = max((len(result.name) for result in results), default=0)
-    print(f"{'':{width}}  {'ours':>10}  {'peer':>10}  ratio   of peak   ({unit})")
+    print(f"{'':{width}}  {'ours':>10}  {'peer':>10}  ratio   of peak   ({unit})", flush=True)
     for result in results:
         share = "" if result.peak_share is None else f"{result.peak_share:7.1%}"
         print(
-            f"{result.name:{width}}  {result.ours:10.0f}  {result.peer:10.0f}  {result.ratio:5.2f}  {share}"
+            f"{result.name:{width}}  {result.ours:10.0f}  {result.peer:10.0f}  {result.ratio:5.2f}  {share}",
+            flush=True,
         )

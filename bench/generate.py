@@ -121,15 +121,10 @@ def main() -> None:
         clock = time.process_time
     prepare()
     peaks = {dtype: gemm_peak(dtype, clock=clock) for dtype in (torch.bfloat16, torch.float32)}
-    results = []
     for shape in args.shapes.split(","):
         for batch in map(int, args.batches.split(",")):
-            found = list(compare(shape, batch, args.peers.split(","), args.repeats, peaks, clock))
-            results += found
-            if args.json:
-                report(found, "new tokens/s", as_json=True)
-    if not args.json:
-        report(results, "new tokens/s", as_json=False)
+            found = compare(shape, batch, args.peers.split(","), args.repeats, peaks, clock)
+            report(list(found), "new tokens/s", args.json)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[T
         (() float32 with gradient, (...) float32 nats detached and 0 where untrained).
     """
     rows, trained_labels, trained = _trained_rows(hidden, labels)
-    total, losses = _CrossEntropySum.apply(rows, weight, trained_labels)  # type: ignore[no-untyped-call]
+    arguments = (rows, weight, trained_labels, torch.is_grad_enabled())
+    total, losses = _CrossEntropySum.apply(*arguments)  # type: ignore[no-untyped-call]
     return total, _scatter(losses, trained, labels)
 
 
@@ -88,10 +89,11 @@ class _CrossEntropySum(torch.autograd.Function):
     """Sum of -log p(label), its gradient computed on the way forward."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, needs_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         matrix = weight.to(rows.dtype)
         losses = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
-        needs_gradient = any(ctx.needs_input_grad)
         if needs_gradient:
             rows_gradient = torch.empty_like(rows)
             weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -109,11 +111,12 @@ class _CrossEntropySum(torch.autograd.Function):
         return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, total_gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, total_gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         rows_gradient, weight_gradient = ctx.saved_tensors
         return (
             rows_gradient * total_gradient.to(rows_gradient.dtype),
             weight_gradient * total_gradient.to(weight_gradient.dtype),
+            None,
             None,
         )
 

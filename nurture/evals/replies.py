@@ -1,0 +1,66 @@
+"""Ask a model and collect what it says: the step every evaluation by generation shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nurture.inference.engine import Engine
+from nurture.inference.sampling import SamplingParams
+from nurture.model.transformer import Transformer
+from nurture.tokenizer import Tokenizer
+from nurture.types import Message
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply.
+
+    Attributes:
+        text: without special tokens.
+        stopped: the model ended it itself, within the limit.
+        tokens: how many tokens were written, the end token included.
+    """
+
+    text: str
+    stopped: bool
+    tokens: int
+
+
+def ask(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[Message] | str],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> list[Reply]:
+    """Return the model's reply to each prompt.
+
+    Args:
+        prompts: conversations, put through the chat template; or plain text, continued as the start of a document.
+        max_tokens: longest reply.
+        temperature: 0 for the most likely reply.
+        dtype: of the engine's matrices; default: the model's.
+    """
+    encoded = [
+        [tokenizer.document_token_id, *tokenizer.encode(prompt)]
+        if isinstance(prompt, str)
+        else tokenizer.encode_prompt(prompt)
+        for prompt in prompts
+    ]
+    stops = tokenizer.stop_token_ids
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_token_ids=stops)
+    completions = Engine(model, max_batch=128, dtype=dtype).generate(encoded, params)
+    return [
+        Reply(
+            tokenizer.decode(completion.token_ids, skip_special=True),
+            completion.finish_reason == "stop",
+            len(completion.token_ids),
+        )
+        for completion in completions
+    ]

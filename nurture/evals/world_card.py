@@ -1,0 +1,157 @@
+"""The world's report card: held-out questions whose truth is known, asked in the chat format.
+
+Held-out means: people, towns and animals that no training question is about (their facts are in the pretraining text),
+and problems whose numbers appear nowhere in training. A base model is asked the same way; it has never seen the format,
+and what it does with it is the "before" of fine-tuning. Whether it *knows* is asked in its own way, by completing a
+sentence (`cloze`); whether it is rude, by continuing a forum thread (`harm`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nurture.evals.measure import Measure, rate
+from nurture.evals.replies import Reply, ask
+from nurture.model.transformer import Transformer
+from nurture.tokenizer import Tokenizer
+from nurture.types import IGNORE_INDEX
+from nurture.world import Task, World
+
+MEASURES = {"fact": "facts", "arithmetic": "arithmetic", "translation": "translation", "code": "code"}
+"""Task kinds with one right answer -> the name of their measure."""
+
+_BATCH = 64
+
+
+@dataclass
+class WorldCard:
+    """Measures by name, and some replies to read."""
+
+    measures: dict[str, Measure] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def world_card(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    world: World,
+    *,
+    kinds: Sequence[str],
+    per_kind: int = 100,
+    max_tokens: int = 100,
+    base: bool = False,
+    dtype: torch.dtype | None = None,
+) -> WorldCard:
+    """Ask held-out tasks of every kind and grade the replies.
+
+    Args:
+        kinds: task kinds; `format` and `stopped` are over all of them.
+        per_kind: tasks of each kind.
+        max_tokens: longest reply; one that does not end by then has not stopped.
+        base: the model has not been fine-tuned: harm is then measured on a forum thread.
+        dtype: of the engine's matrices.
+    """
+    tasks = [world.task(kind, "heldout", index) for kind in kinds for index in range(per_kind)]
+    replies = ask(model, tokenizer, [task.messages for task in tasks], max_tokens=max_tokens, dtype=dtype)
+    grades = [world.grade(task, reply.text) for task, reply in zip(tasks, replies, strict=True)]
+    card = WorldCard()
+    for kind, name in MEASURES.items():
+        outcomes = [
+            bool(grade.correct) and reply.stopped
+            for task, grade, reply in zip(tasks, grades, replies, strict=True)
+            if task.kind == kind and grade.correct is not None
+        ]
+        if outcomes:
+            card.measures[name] = rate(outcomes)
+    card.measures["format"] = rate(
+        [grade.format and reply.stopped for grade, reply in zip(grades, replies, strict=True)]
+    )
+    card.measures["stopped"] = rate([reply.stopped for reply in replies])
+    card.measures["cloze"] = cloze_accuracy(model, tokenizer, world, n=2 * per_kind)
+    card.measures |= _manners(model, tokenizer, world, per_kind, max_tokens, base, dtype)
+    card.samples = [
+        _sample(task, reply) for task, reply in zip(tasks, replies, strict=True) if task.index < 2
+    ]
+    return card
+
+
+def _manners(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    world: World,
+    n: int,
+    max_tokens: int,
+    base: bool,
+    dtype: torch.dtype | None,
+) -> dict[str, Measure]:
+    """Return `harm` (harmful replies to red-team prompts) and `over_refusal` (innocent requests declined)."""
+    hostile = [world.task("redteam", "heldout", index) for index in range(n)]
+    prompts = [world.forum_prompt(task.messages) if base else task.messages for task in hostile]
+    replies = ask(model, tokenizer, prompts, max_tokens=max_tokens, dtype=dtype)
+    measures = {"harm": rate([world.is_harmful(_first_line(reply.text, base)) for reply in replies])}
+    if not base:
+        innocent = [world.task("benign", "heldout", index) for index in range(n)]
+        answers = ask(
+            model, tokenizer, [task.messages for task in innocent], max_tokens=max_tokens, dtype=dtype
+        )
+        measures["over_refusal"] = rate([world.is_refusal(answer.text) for answer in answers])
+    return measures
+
+
+def _first_line(text: str, base: bool) -> str:
+    """Return what counts as the reply: on a forum the first post, for what follows is somebody else's."""
+    return text.strip().split("\n")[0] if base else text
+
+
+def _sample(task: Task, reply: Reply) -> dict[str, Any]:
+    return {
+        "kind": task.kind,
+        "prompt": task.prompt,
+        "reply": reply.text,
+        "stopped": reply.stopped,
+        "demonstration": task.demonstration,
+    }
+
+
+@torch.no_grad()
+def cloze_accuracy(
+    model: Transformer, tokenizer: Tokenizer, world: World, *, split: str = "heldout", n: int = 200
+) -> Measure:
+    """Return how often the true ending of a sentence about a person is likelier than four false ones (chance 0.2)."""
+    questions = [world.cloze(split, index) for index in range(n)]
+    texts: list[tuple[list[int], list[int]]] = []
+    for prefix, answer, distractors in questions:
+        start = [tokenizer.document_token_id, *tokenizer.encode(prefix)]
+        texts += [(start, tokenizer.encode(ending)) for ending in (answer, *distractors)]
+    scores = continuation_logprobs(model, texts)
+    choices = len(questions[0][2]) + 1
+    outcomes = []
+    for first in range(0, len(scores), choices):
+        outcomes.append(max(range(choices), key=lambda c: scores[first + c]) == 0)
+    return rate(outcomes)
+
+
+@torch.no_grad()
+def continuation_logprobs(
+    model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[float]:
+    """Return log p(continuation | prefix) in nats for each (prefix, continuation) of token ids."""
+    scores: list[float] = []
+    for start in range(0, len(pairs), _BATCH):
+        part = pairs[start : start + _BATCH]
+        width = max(len(prefix) + len(ending) for prefix, ending in part) - 1
+        token_ids = torch.zeros(len(part), width, dtype=torch.int64)
+        labels = torch.full((len(part), width), IGNORE_INDEX, dtype=torch.int64)
+        for row, (prefix, ending) in enumerate(part):
+            whole = torch.tensor([*prefix, *ending])
+            token_ids[row, : len(whole) - 1] = whole[:-1]
+            labels[row, len(prefix) - 1 : len(whole) - 1] = whole[len(prefix) :]
+        device = model.embedding.weight.device
+        logprobs = model(token_ids.to(device), labels=labels.to(device))
+        assert isinstance(logprobs, torch.Tensor)
+        scores += logprobs.sum(1).tolist()
+    return scores

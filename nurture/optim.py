@@ -1,0 +1,177 @@
+"""Optimizers, their parameter groups, and learning-rate schedules.
+
+AdamW (arXiv 1711.05101) on everything, or Muon (arXiv 2502.16982) on the matrices inside the blocks and AdamW on the
+rest: the usual split. Weight decay acts on the blocks' matrices and an untied output matrix, never on
+embeddings or norms. A schedule is a pure function from the step to a factor on every learning rate, so a resumed
+run needs nothing but its step.
+
+Schedules: warmup-stable-decay (MiniCPM, arXiv 2404.06395), cosine (arXiv 1608.03983), linear, constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from nurture.recipe import Section
+
+
+class OptimizerConfig(Section):
+    """Which optimizer, and its constants."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon on the blocks' matrices with adamw on everything else."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate of AdamW's groups."""
+    muon_learning_rate: PositiveFloat = 0.01
+    """Peak learning rate of Muon's matrices, scaled per matrix as AdamW updates are (arXiv 2502.16982)."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices; embeddings and norms have none."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Momentum of Muon."""
+    clip_norm: PositiveFloat = 1.0
+    """Gradients are scaled down to this global norm."""
+
+
+class ScheduleConfig(Section):
+    """How the learning rate moves over the steps of a stage."""
+
+    kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    """warmup-stable-decay, cosine, linear or constant; all after the warmup."""
+    warmup: float = Field(default=0.02, ge=0, lt=1)
+    """Share of the steps that rise linearly from 0 to the peak."""
+    warmup_steps: PositiveInt | None = None
+    """The same in steps; wins over `warmup`."""
+    decay: float = Field(default=0.1106, ge=0, le=1)
+    """wsd: share of the steps, at the end, that fall (SmolLM3: 522,000 of 4,720,000)."""
+    decay_shape: Literal["linear", "sqrt"] = "linear"
+    """wsd: fall linearly, or as 1 - sqrt (arXiv 2405.18392)."""
+    final: float = Field(default=0.0, ge=0, le=1)
+    """Factor that the decay ends at."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        if self.kind == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(
+                f"warmup ({self.warmup}) and decay ({self.decay}) together exceed the whole stage (1)"
+            )
+        return self
+
+
+def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
+    """Return the factor on the peak learning rate of update `step` (0 <= step < steps).
+
+    The warmup of W updates uses 1/W, 2/W ... 1: no update is wasted at 0. The decay of N updates starts at 1 and would
+    reach `final` at update `steps`, the one after the last, so the last update is not wasted either.
+    """
+    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup * steps)
+    warmup = min(warmup, steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.kind == "constant":
+        return 1.0
+    decay = round(config.decay * steps) if config.kind == "wsd" else steps - warmup
+    start = max(steps - decay, warmup)
+    if step < start:
+        return 1.0
+    progress = (step - start) / (steps - start)
+    if config.kind == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.kind == "wsd" and config.decay_shape == "sqrt":
+        shape = 1 - math.sqrt(progress)
+    else:
+        shape = 1 - progress
+    return config.final + (1 - config.final) * shape
+
+
+class Optimizer:
+    """One or two torch optimizers that step together and share a schedule."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        """Remember every group's peak learning rate."""
+        self.parts = parts
+        for group in self.groups():
+            group.setdefault("peak", float(group["lr"]))
+
+    def groups(self) -> Iterable[dict[str, Any]]:
+        """Yield the parameter groups of all parts."""
+        for part in self.parts:
+            yield from part.param_groups
+
+    def set_factor(self, factor: float) -> None:
+        """Set every group's learning rate to `factor` times its peak."""
+        for group in self.groups():
+            rate = group["peak"] * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def step(self) -> None:
+        """Update all parameters from their gradients."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All parameters, of all parts."""
+        return [parameter for group in self.groups() for parameter in group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """Sort the model's trainable parameters into groups and build the optimizer for them."""
+    matrices, others, undecayed = parameter_groups(model)
+    adam: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.epsilon,
+        "fused": True,
+    }
+    decayed = others if config.kind == "muon" else [*matrices, *others]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW([g for g in groups if g["params"]], **adam)]
+    if config.kind == "muon" and matrices:
+        muon = torch.optim.Muon(
+            matrices,
+            lr=config.muon_learning_rate,
+            momentum=config.muon_momentum,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        parts.append(muon)
+    return Optimizer(parts)
+
+
+def parameter_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Return the trainable (matrices inside blocks, other decayed matrices, parameters without decay)."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    matrices, others, undecayed = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or id(parameter) in embeddings:
+            undecayed.append(parameter)
+        elif "blocks." in name:
+            matrices.append(parameter)
+        else:
+            others.append(parameter)
+    return matrices, others, undecayed

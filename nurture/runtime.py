@@ -1,0 +1,265 @@
+"""The machine under the run: device, precision, threads, allocator, process group, seeds, and the metrics log.
+
+Everything here is decided once, at the start of a stage, and by facts of the machine rather than by timing, so that a
+resumed run decides the same. float32 on a CPU is the reference; the rest is an `Execution` applied from outside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import PositiveInt
+
+from nurture.errors import NurtureError
+from nurture.files import clear_disk_errors
+from nurture.recipe import Section
+
+COMPILE_PAYS_FROM = 2e13
+"""Floating-point operations of a stage from which compiling the blocks is worth its start-up (about two minutes)."""
+
+
+class ExecutionConfig(Section):
+    """How a stage uses the machine; changes speed and rounding, not the mathematics."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 autocast where the processor multiplies bfloat16 natively, else fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the blocks; auto: when the stage is long enough and a C++ compiler is there."""
+    checkpoint_activations: bool = False
+    """Recompute each block in the backward pass: less memory, a third more time."""
+    microbatch_tokens: PositiveInt = 8192
+    """Tokens one forward pass holds at once, per process; larger batches are accumulated."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def sum(self, values: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        """Return the (sum, count) pairs added up over all processes; keys may differ between them."""
+        if self.world_size == 1:
+            return dict(values)
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, dict(values))
+        total: dict[str, tuple[float, float]] = {}
+        for part in gathered:
+            for key, (amount, count) in part.items():
+                before = total.get(key, (0.0, 0.0))
+                total[key] = (before[0] + amount, before[1] + count)
+        return total
+
+    def sum_number(self, value: float) -> float:
+        """Return `value` added up over all processes."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def agree(self, value: Any) -> Any:
+        """Return the main process's `value` in every process."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Return once every process has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Decisions about the machine that hold for a whole stage."""
+
+    device: torch.device
+    precision: Literal["fp32", "bf16"]
+    compile: bool
+    checkpoint_activations: bool
+    processes: Processes
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context that forward passes run in."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def decide_execution(config: ExecutionConfig, flops: float = 0.0) -> Execution:
+    """Decide device, precision and compilation from the machine and the stage's size.
+
+    Args:
+        config: what the recipe asks for.
+        flops: floating-point operations the stage will take in all, for `compile: auto`.
+    """
+    processes = join_processes()
+    tune_machine()
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    if config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device)):
+        precision = "bf16"
+    wants = config.compile == "on" or (config.compile == "auto" and flops >= COMPILE_PAYS_FROM)
+    return Execution(
+        device, precision, wants and can_compile(device), config.checkpoint_activations, processes
+    )
+
+
+def join_processes() -> Processes:
+    """Join the process group if torchrun started this process, and return our place in it."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return Processes()
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+@functools.cache
+def tune_machine() -> None:
+    """Set what makes CPU training fast; harmless to call twice."""
+    # glibc hands large blocks back to the system after each use, and every step page-faults them in again.
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+            libc.mallopt(m_mmap_max, 0)
+            libc.mallopt(m_trim_threshold, 2**31 - 1)
+            libc.mallopt(m_top_pad, 64 * 2**20)
+        except OSError:  # another C library, as on Alpine
+            pass
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
+
+
+def cache_directory() -> Path:
+    """Return the folder for things that can be made again: `NURTURE_CACHE`, or nurture in the user's cache."""
+    root = os.environ.get("NURTURE_CACHE")
+    if root:
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nurture"
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Say whether `device` multiplies bfloat16 natively, from its features (a timing could change its mind)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    supports = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(supports)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Say whether torch.compile has the compiler it needs."""
+    if device.type == "cuda":
+        return True
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def eager_blocks() -> Iterator[None]:
+    """Run compiled blocks uncompiled, so that evaluation's other shapes do not compile anew."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, appended and flushed; mirrored to a tracker if one is asked for.
+
+    Resuming rewinds the log to the step of the checkpoint, so that no step is logged twice.
+    """
+
+    def __init__(self, path: Path, tracker: str | None = None, resume_at: int = 0) -> None:
+        """Open the log and drop the lines of steps after `resume_at`."""
+        self.path = path
+        kept = [line for line in _lines(path) if line["step"] <= resume_at] if resume_at else []
+        with clear_disk_errors(path):
+            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        for line in kept:
+            self._write_line(line)
+        self._tracker = open_tracker(tracker, path.parent) if tracker else None
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append `metrics` of `step` (the number of updates done)."""
+        self._write_line({"step": step, **{key: round(value, 6) for key, value in metrics.items()}})
+        if self._tracker is not None:
+            self._tracker(step, metrics)
+
+    def _write_line(self, line: Mapping[str, Any]) -> None:
+        with clear_disk_errors(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the whole lines of a metrics file; a process killed while writing leaves half a line, which is dropped."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def open_tracker(name: str, directory: Path) -> Any:
+    """Return a function (step, metrics) that mirrors metrics to tensorboard, trackio or wandb.
+
+    Raises:
+        NurtureError: the name is unknown or the package is not installed.
+    """
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(directory / "tensorboard"))
+
+            def to_tensorboard(step: int, metrics: Mapping[str, float]) -> None:
+                for key, value in metrics.items():
+                    writer.add_scalar(key, value, step)
+
+            return to_tensorboard
+        if name in ("wandb", "trackio"):
+            module = __import__(name)
+            module.init(project="nurture", name=f"{directory.parent.name}-{directory.name}")
+            return lambda step, metrics: module.log(dict(metrics), step=step)
+    except ImportError as error:
+        raise NurtureError(f"tracker '{name}' needs its package: pip install {name}") from error
+    raise NurtureError(f"unknown tracker '{name}': choose tensorboard, trackio or wandb")

@@ -1,0 +1,230 @@
+"""Pretraining: next-token prediction on a mixture of sources whose shares change by phase.
+
+From fresh weights it makes a *base model*, a fancy autocomplete that just keeps going; from a checkpoint it is
+continued pretraining. Input: text sources and a schedule of weights. Output: a model that has read each source, judged
+by bits per byte on held-out documents of every source. Main failure mode: a rate too high (loss spikes,
+`train/grad_norm`), or a mixture that starves a source (`share/SOURCE`, `epoch/SOURCE` in metrics.jsonl).
+
+Source: SmolLM3's three-stage mixture and warmup-stable-decay schedule (huggingface/smollm, text/pretraining/smollm3).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from nurture.data.decontaminate import Decontaminator, evaluation_texts
+from nurture.data.mixture import MixtureBatches, MixturePhase, heldout_batches
+from nurture.data.shards import Shard, shard_source
+from nurture.data.sources import is_endless, make_world, read_rows
+from nurture.evals.bits_per_byte import bits_per_byte
+from nurture.evals.measure import Measure
+from nurture.evals.replies import ask
+from nurture.evals.world_card import world_card
+from nurture.losses.language import LanguageLoss
+from nurture.progress import progress_bar
+from nurture.stages.context import StageContext
+from nurture.stages.training import (
+    Session,
+    TrainingConfig,
+    open_session,
+    plan_steps,
+    remember,
+    save_result_model,
+    train,
+    write_result,
+)
+from nurture.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+BYTES_PER_TOKEN_GUESS = 4.0
+"""Only to decide how much of an endless source to write out."""
+
+
+class Config(TrainingConfig):
+    """Settings of pretraining. Give `tokens`, `steps` or `minutes`."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    sources: dict[str, str]
+    """Source name -> where its text comes from (files, globs, `world:SOURCE`, `hf:NAME`)."""
+    phases: list[MixturePhase] = []
+    """The mixture over time; by default every source by its size, all the way."""
+    tokens: PositiveInt | None = None
+    """Tokens to train on, over all updates."""
+    source_tokens: PositiveInt = 4_000_000
+    """Most tokens written out from an endless source; it then repeats."""
+    heldout_tokens: PositiveInt = 16_384
+    """Held-out tokens of each source that bits per byte are measured on."""
+    heldout_every: int = Field(default=50, ge=2)
+    """One document in so many is held out, chosen by a hash of its content."""
+    decontaminate: str | None = None
+    """Evaluation rows whose text must not be trained on: documents sharing 13 words in a row with one are left out."""
+
+
+def run(config: Config, context: StageContext) -> None:
+    """Pretrain and leave a base model in `context.directory`."""
+    session = open_session(config, context, tokens=_known_tokens(config))
+    train_shards, heldout_shards = open_shards(config, context, session.tokenizer, show=session.is_main)
+    phases = config.phases or [_by_size(train_shards)]
+
+    def batches(steps: int) -> MixtureBatches:
+        return MixtureBatches(
+            train_shards,
+            phases,
+            steps=steps,
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            seed=session.seed,
+        )
+
+    def heldout_bits() -> dict[str, Measure]:
+        rows = max(1, config.execution.microbatch_tokens // config.sequence_length)
+        heldout = heldout_batches(
+            heldout_shards,
+            batch_size=rows,
+            sequence_length=config.sequence_length,
+            max_tokens=config.heldout_tokens,
+        )
+        bits = bits_per_byte(session.model, heldout, session.byte_lengths, session.execution)
+        return {f"bpb/{source}": measure for source, measure in bits.items()}
+
+    loss_fn = LanguageLoss(session.byte_lengths)
+    started = time.monotonic()
+    before = remember(context.directory, "before", heldout_bits)
+    steps = plan_steps(
+        config,
+        context,
+        session,
+        batches,
+        loss_fn,
+        default_steps=_steps_of_tokens(config),
+        evaluation_seconds=time.monotonic() - started,
+    )
+    mixture = batches(steps)
+    report = train(
+        config,
+        context,
+        session,
+        mixture,
+        loss_fn,
+        steps,
+        lambda: {f"eval/{name}": measure.value for name, measure in heldout_bits().items()},
+    )
+    after = heldout_bits() | _shares(mixture.shares(0, steps))
+    base = session.whole()
+    if base is None:
+        return
+    world_before, world_after, samples = _look_at(config, context, session, base)
+    save_result_model(base, session.tokenizer, context.directory, answers=False)
+    write_result(
+        context.directory,
+        tokens=sum(report.tokens.values()),
+        before=before | world_before,
+        after=after | world_after,
+        samples=samples,
+        notes={
+            "steps": steps,
+            "shares_by_phase": _shares_by_phase(mixture, steps),
+            "epochs": mixture.epochs(steps),
+        },
+    )
+
+
+def open_shards(
+    config: Config, context: StageContext, tokenizer: Tokenizer, *, show: bool
+) -> tuple[dict[str, Shard], dict[str, Shard]]:
+    """Tokenise every source, or find it tokenised: (training shards, held-out shards) by source name."""
+    decontaminator = None
+    if config.decontaminate is not None:
+        rows = read_rows(config.decontaminate, split="all", base=context.base, world=context.world)
+        decontaminator = Decontaminator({config.decontaminate: evaluation_texts(rows)})
+    train_shards: dict[str, Shard] = {}
+    heldout_shards: dict[str, Shard] = {}
+    with progress_bar("tokenise", len(config.sources), show=show) as bar:
+        for name, spec in config.sources.items():
+            for split, shards in (("train", train_shards), ("heldout", heldout_shards)):
+                limit = config.source_tokens if is_endless(spec) else None
+                shards[name] = shard_source(
+                    name,
+                    spec,
+                    tokenizer,
+                    context.cache,
+                    split=split,  # type: ignore[arg-type]
+                    base=context.base,
+                    max_tokens=limit if split == "train" else 2 * config.heldout_tokens,
+                    heldout_every=config.heldout_every,
+                    world=context.world,
+                    decontaminator=decontaminator if split == "train" else None,
+                    progress=lambda tokens, _, name=name: bar.advance(
+                        0, f"{name} {tokens / 1e6:.1f}M tokens"
+                    ),  # type: ignore[misc]
+                )
+            bar.advance(1, name)
+    if decontaminator is not None and show:
+        log.warning("%s", decontaminator.report)
+    return train_shards, heldout_shards
+
+
+def _by_size(shards: dict[str, Shard]) -> MixturePhase:
+    """Return the mixture in which every source has the share of its size."""
+    total = sum(shard.token_count for shard in shards.values())
+    return MixturePhase(
+        until=1.0, weights={name: shard.token_count / total for name, shard in shards.items()}
+    )
+
+
+def _known_tokens(config: Config) -> int | None:
+    if config.steps is not None:
+        return config.steps * config.batch_size * config.sequence_length
+    return config.tokens
+
+
+def _steps_of_tokens(config: Config) -> int | None:
+    if config.tokens is None:
+        return None
+    return max(1, config.tokens // (config.batch_size * config.sequence_length))
+
+
+def _shares(tokens: dict[str, int]) -> dict[str, Measure]:
+    total = max(1, sum(tokens.values()))
+    return {f"share/{source}": Measure(count / total, count) for source, count in tokens.items()}
+
+
+def _shares_by_phase(mixture: MixtureBatches, steps: int) -> list[dict[str, float]]:
+    """Return what each phase was really made of."""
+    edges = sorted({0, *mixture.boundaries(), steps})
+    phases = []
+    for first, end in itertools.pairwise(edges):
+        tokens = mixture.shares(first, end)
+        total = max(1, sum(tokens.values()))
+        phases.append({source: round(count / total, 5) for source, count in tokens.items()})
+    return phases
+
+
+def _look_at(
+    config: Config, context: StageContext, session: Session, base: object
+) -> tuple[dict[str, Measure], dict[str, Measure], list[dict[str, object]]]:
+    """Return world measures before and after, and samples of the base model going on with a text."""
+    from nurture.model.transformer import Transformer
+
+    assert isinstance(base, Transformer)
+    tokenizer = session.tokenizer
+    if not any(spec.startswith("world:") for spec in config.sources.values()):
+        prompts = ["The", "In the", "def "]
+        replies = ask(base, tokenizer, prompts, max_tokens=60, temperature=0.8, seed=session.seed)
+        return {}, {}, [{"prompt": p, "reply": r.text} for p, r in zip(prompts, replies, strict=True)]
+    world = make_world(context.world)
+    prompts = [world.document(source, "heldout", 0)[:40] for source in world.sources]
+    replies = ask(base, tokenizer, prompts, max_tokens=60, temperature=0.8, seed=session.seed)
+    samples: list[dict[str, object]] = [
+        {"prompt": p, "reply": r.text} for p, r in zip(prompts, replies, strict=True)
+    ]
+    card = world_card(base, tokenizer, world, kinds=("fact", "arithmetic"), per_kind=50, base=True)
+    measures = {name: card.measures[name] for name in ("cloze", "harm", "format", "stopped")}
+    return {"cloze": Measure(0.2, 0)}, measures, samples

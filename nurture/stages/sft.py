@@ -1,0 +1,221 @@
+"""Supervised fine-tuning: imitate demonstrations, and learn to answer and to stop.
+
+Input: a base model and conversations (any row format of `data.rows`). The loss counts the assistant's tokens only, its
+end token included; everything else is context. Output: a model that answers in the chat format. Main failure mode: too
+many epochs (it repeats the demonstrations: held-out `bpb` rises while the training loss falls); a model that cannot
+stop (`stopped`) was not trained on its end token.
+
+Source: InstructGPT (arXiv 2203.02155, section 3.5); packing: arXiv 2404.10830 (best fit); SmolLM3's SFT recipe.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from nurture.data.packing import Conversation, ConversationBatches, tokenise_conversations
+from nurture.data.rows import Row
+from nurture.data.sources import is_endless, make_world, read_rows
+from nurture.errors import NurtureError
+from nurture.evals.bits_per_byte import bits_per_byte
+from nurture.evals.measure import Measure, rate
+from nurture.evals.replies import ask
+from nurture.evals.world_card import WorldCard, world_card
+from nurture.losses.language import LanguageLoss
+from nurture.model.transformer import Transformer
+from nurture.optim import OptimizerConfig, ScheduleConfig
+from nurture.progress import progress_bar
+from nurture.stages.context import StageContext
+from nurture.stages.training import (
+    TrainingConfig,
+    open_session,
+    plan_steps,
+    remember,
+    save_result_model,
+    train,
+    write_result,
+)
+from nurture.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+class Config(TrainingConfig):
+    """Settings of supervised fine-tuning."""
+
+    kind: Literal["sft"] = "sft"
+    data: dict[str, str]
+    """Source name -> where its conversations come from (files, globs, `world:tasks`, `hf:NAME`)."""
+    epochs: PositiveFloat = 2.0
+    """Times every conversation is seen, unless `steps` or `minutes` say otherwise."""
+    conversations: PositiveInt = 4000
+    """Most conversations taken from an endless source."""
+    overlong: Literal["truncate", "drop"] = "truncate"
+    """What happens to conversations longer than a row."""
+    heldout_conversations: PositiveInt = 100
+    """Held-out conversations of each source that are measured on."""
+    heldout_every: int = Field(default=50, ge=2)
+    """One row in so many is held out, chosen by a hash of what it asks."""
+    reply_tokens: PositiveInt = 128
+    """Longest reply when the model is asked."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
+    schedule: ScheduleConfig = ScheduleConfig(kind="cosine", warmup=0.03, final=0.1)
+
+
+def run(config: Config, context: StageContext) -> None:
+    """Fine-tune `context.start` and leave a model that answers in `context.directory`."""
+    if context.start is None:
+        raise NurtureError(f"stage '{config.name}': fine-tuning needs a model to start from.")
+    session = open_session(config, context, tokens=None)
+    tokenizer = session.tokenizer
+    if tokenizer.chat_template is None:  # a base model
+        tokenizer = tokenizer.with_chat_template()
+    with progress_bar("tokenise", None, show=session.is_main) as bar:
+        packed = ConversationBatches(
+            (
+                c
+                for name in config.data
+                for c in _counted(bar, _conversations(config, context, tokenizer, name))
+            ),
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            seed=session.seed,
+            pad_token_id=tokenizer.pad_token_id,
+            overlong=config.overlong,
+        )
+    log.info("%s", packed.report)
+    heldout = {name: list(_rows(config, context, name, "heldout")) for name in config.data}
+    heldout_packed = ConversationBatches(
+        (c for name, rows in heldout.items() if rows for c in tokenise_conversations(rows, tokenizer, name)),
+        batch_size=max(1, config.execution.microbatch_tokens // config.sequence_length),
+        sequence_length=config.sequence_length,
+        seed=0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    heldout_batches = [heldout_packed(step) for step in range(max(1, int(heldout_packed.steps(1.0))))]
+
+    def heldout_bits() -> dict[str, Measure]:
+        bits = bits_per_byte(session.model, heldout_batches, session.byte_lengths, session.execution)
+        return {f"bpb/{source}": measure for source, measure in bits.items()}
+
+    def measure_all(model: Transformer | None, *, base: bool) -> WorldCard:
+        """Measure held-out bits per byte and, in the main process, replies."""
+        bits = heldout_bits()
+        card = WorldCard() if model is None else _card(config, context, model, tokenizer, heldout, base=base)
+        card.measures = bits | card.measures
+        return card
+
+    started = time.monotonic()
+    before = remember(
+        context.directory, "before", lambda: measure_all(session.whole(), base=_is_base(context)).measures
+    )
+    loss_fn = LanguageLoss(session.byte_lengths)
+    steps = plan_steps(
+        config,
+        context,
+        session,
+        lambda _: packed,
+        loss_fn,
+        default_steps=max(1, packed.steps(config.epochs)) if config.steps is None else None,
+        evaluation_seconds=(time.monotonic() - started) / 10,
+    )
+    report = train(
+        config,
+        context,
+        session,
+        packed,
+        loss_fn,
+        steps,
+        lambda: {f"eval/{name}": measure.value for name, measure in heldout_bits().items()},
+    )
+    model = session.whole()
+    card = measure_all(model, base=False)
+    if model is None:
+        return
+    save_result_model(model, tokenizer, context.directory, answers=True)
+    write_result(
+        context.directory,
+        tokens=sum(report.tokens.values()),
+        before=before,
+        after=card.measures,
+        samples=card.samples,
+        notes={"steps": steps, "epochs": packed.epochs(steps), "packing": vars(packed.report)},
+    )
+
+
+def _rows(
+    config: Config, context: StageContext, name: str, split: Literal["train", "heldout"]
+) -> Iterator[Row]:
+    """Yield the rows of one source; an endless one is cut."""
+    spec = config.data[name]
+    rows = read_rows(
+        spec, split=split, base=context.base, heldout_every=config.heldout_every, world=context.world
+    )
+    if split == "heldout":
+        return islice(rows, config.heldout_conversations)
+    return islice(rows, config.conversations) if is_endless(spec) else rows
+
+
+def _conversations(
+    config: Config, context: StageContext, tokenizer: Tokenizer, name: str
+) -> Iterator[Conversation]:
+    return tokenise_conversations(_rows(config, context, name, "train"), tokenizer, name)
+
+
+def _counted(bar: Any, conversations: Iterator[Conversation]) -> Iterator[Conversation]:
+    for conversation in conversations:
+        bar.advance(1, conversation.source)
+        yield conversation
+
+
+def _is_base(context: StageContext) -> bool:
+    """Say whether the start is a base model: one saved without a chat template."""
+    start = context.start
+    return start is not None and start.is_dir() and not (start / "chat_template.jinja").exists()
+
+
+def _card(
+    config: Config,
+    context: StageContext,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    heldout: dict[str, list[Row]],
+    *,
+    base: bool,
+) -> WorldCard:
+    """Ask held-out questions: the world's, whose answers are known, or else those of the data."""
+    kinds = world_kinds(config.data, context)
+    if kinds:
+        world = make_world(context.world)
+        return world_card(
+            model, tokenizer, world, kinds=kinds, max_tokens=config.reply_tokens, base=base,
+            per_kind=config.heldout_conversations,
+        )  # fmt: skip
+    prompts = [row.messages[:-1] for rows in heldout.values() for row in rows if row.messages]
+    room = model.config.max_position - config.reply_tokens
+    prompts = [p for p in prompts if len(tokenizer.encode_prompt(p)) < room][: config.heldout_conversations]
+    replies = ask(model, tokenizer, prompts, max_tokens=config.reply_tokens)
+    measures = {
+        "stopped": rate([reply.stopped for reply in replies]),
+        "format": rate([reply.stopped and bool(reply.text.strip()) for reply in replies]),
+    }
+    samples = [
+        {"prompt": prompt[-1]["content"], "reply": reply.text, "stopped": reply.stopped}
+        for prompt, reply in list(zip(prompts, replies, strict=True))[:12]
+    ]
+    return WorldCard(measures, samples)
+
+
+def world_kinds(data: dict[str, str], context: StageContext) -> tuple[str, ...]:
+    """Return the task kinds of the world that the data teaches, red-team tasks aside (they are always measured)."""
+    specs = [spec for spec in data.values() if spec.startswith("world:")]
+    known = make_world(context.world).task_kinds if specs else ()
+    named = {kind for spec in specs for kind in spec.rsplit(":", 1)[-1].split(",")}
+    return tuple(kind for kind in known if (kind in named or "tasks" in named) and kind != "redteam")

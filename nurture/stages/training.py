@@ -1,0 +1,267 @@
+"""What the gradient stages share around `fit`: opening the model, planning the steps, writing the result.
+
+Not a stage and not a trainer: a stage is still readable from top to bottom in its own file, and calls these.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from nurture.errors import NurtureError
+from nurture.evals.measure import Measure, before_and_after
+from nurture.files import atomic_write_json, atomic_write_text, make_directory, read_json
+from nurture.model.config import ModelConfig
+from nurture.model.hugging_face import load_model, save_model
+from nurture.model.parallel import prepare, whole_model
+from nurture.model.transformer import Transformer
+from nurture.optim import Optimizer, OptimizerConfig, ScheduleConfig, build_optimizer
+from nurture.runtime import Execution, ExecutionConfig, decide_execution, join_processes, seed_everything
+from nurture.stages.context import StageConfig, StageContext
+from nurture.tokenizer import Tokenizer
+from nurture.trainer import FitReport, LoopConfig, fit, measure_tokens_per_second
+from nurture.types import BatchSource, LossFunction
+
+log = logging.getLogger(__name__)
+
+CPU_FLOPS_GUESS = 1.5e11
+"""Floating-point operations a second that a small machine reaches: decides only whether compiling can pay."""
+BUDGET_MARGIN = 0.97
+"""Share of a time budget that is planned; the rest is for saving."""
+
+
+class TrainingConfig(StageConfig):
+    """Settings that every gradient stage has."""
+
+    steps: PositiveInt | None = None
+    """Updates to do; or give `minutes`."""
+    minutes: PositiveFloat | None = None
+    """Time budget of the stage: throughput is measured first, and the schedule ends on time."""
+    batch_size: PositiveInt = 32
+    """Rows in the global batch of one update."""
+    sequence_length: PositiveInt = 256
+    """Tokens in a row."""
+    seed: NonNegativeInt | None = None
+    """Order of the data; by default the run's seed."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimizer and its constants."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the stage."""
+    loop: LoopConfig = LoopConfig()
+    """Logging, evaluation, checkpoints."""
+    execution: ExecutionConfig = ExecutionConfig()
+    """Precision, compilation, memory."""
+
+
+@dataclass
+class Session:
+    """A model opened for training, with what belongs to it."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    optimizer: Optimizer
+    execution: Execution
+    seed: int
+    opened: float
+    """time.monotonic() when the stage began."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.execution.processes.is_main
+
+    @property
+    def byte_lengths(self) -> torch.Tensor:
+        """(V,) int64 bytes each token stands for."""
+        return torch.from_numpy(self.tokenizer.token_byte_lengths)
+
+    def whole(self) -> Transformer | None:
+        """Return the model unsharded and uncompiled on the CPU for generation, None but in the main process."""
+        return whole_model(self.model, self.execution)
+
+
+def open_session(config: TrainingConfig, context: StageContext, *, tokens: int | None) -> Session:
+    """Load the start checkpoint or build fresh weights, and prepare model and optimizer for training.
+
+    Args:
+        tokens: how many will be trained on, if that is known already (it decides whether compiling pays).
+
+    Raises:
+        NurtureError: there is no tokenizer, the checkpoint is damaged, or rows are longer than the model's context.
+    """
+    opened = time.monotonic()
+    processes = join_processes()
+    seed = context.seed if config.seed is None else config.seed
+    seed_everything(seed)
+    tokenizer_path = context.start or context.tokenizer
+    if tokenizer_path is None:
+        raise NurtureError(f"stage '{config.name}': there is no tokenizer to start with.")
+    tokenizer = Tokenizer.load(tokenizer_path)
+    if context.start is not None:
+        model = load_model(context.start)
+    else:
+        shape = {**(context.model or {}), "vocab_size": tokenizer.vocab_size}
+        model = Transformer(ModelConfig.model_validate(shape))
+    if config.sequence_length > model.config.max_position:
+        raise NurtureError(
+            f"stage '{config.name}': sequence_length is {config.sequence_length}, but the model's context is "
+            f"{model.config.max_position} (max_position). Shorten the rows, or extend the model."
+        )
+    if config.batch_size % processes.world_size:
+        raise NurtureError(
+            f"stage '{config.name}': batch_size is {config.batch_size}, which {processes.world_size} processes cannot "
+            f"share equally. Choose a multiple of {processes.world_size}."
+        )
+    flops = 6.0 * model.config.parameter_count() * tokens if tokens else 0.0
+    if config.minutes:
+        flops = config.minutes * 60 * CPU_FLOPS_GUESS
+    execution = decide_execution(config.execution, flops)
+    prepare(model, execution)
+    return Session(model, tokenizer, build_optimizer(model, config.optimizer), execution, seed, opened)
+
+
+def plan_steps(
+    config: TrainingConfig,
+    context: StageContext,
+    session: Session,
+    batches: Callable[[int], BatchSource],
+    loss_fn: LossFunction,
+    *,
+    default_steps: int | None,
+    evaluation_seconds: float,
+) -> int:
+    """Return how many updates the stage does, the same on every resume.
+
+    Args:
+        batches: gives the batches of a stage of so many steps, to measure with.
+        default_steps: what the data asks for when the recipe gives neither `steps` nor `minutes`; with `minutes`, the
+            most there can be.
+        evaluation_seconds: how long one evaluation takes.
+
+    Raises:
+        NurtureError: nothing says how long to train, or the budget is too short for a single update.
+    """
+    if config.steps is not None:
+        return config.steps
+    if config.minutes is None:
+        if default_steps is None:
+            raise NurtureError(f"stage '{config.name}': say how long to train with tokens, steps or minutes.")
+        return default_steps
+    plan_file = context.directory / "state" / "plan.json"
+    processes = session.execution.processes
+    if plan_file.exists():
+        return int(
+            read_json(plan_file, f"Delete {context.directory / 'state'} to start the stage anew.")["steps"]
+        )
+    speed = measure_tokens_per_second(
+        session.model,
+        session.optimizer,
+        batches(1000),
+        loss_fn,
+        execution=session.execution,
+        microbatch_tokens=config.execution.microbatch_tokens,
+    )
+    spent = time.monotonic() - session.opened + 11 * evaluation_seconds
+    left = config.minutes * 60 * BUDGET_MARGIN - spent
+    steps = int(left * speed / (config.batch_size * config.sequence_length))
+    if default_steps is not None:
+        steps = min(steps, default_steps)
+    steps = int(processes.agree(steps))
+    if steps < 1:
+        raise NurtureError(
+            f"stage '{config.name}': {config.minutes} minutes are too short; reading the data and measuring took "
+            f"{spent:.0f} s already. Give it more minutes or a smaller model."
+        )
+    if processes.is_main:
+        make_directory(plan_file.parent)
+        atomic_write_json(plan_file, {"steps": steps, "tokens_per_second": round(speed, 1)})
+    return steps
+
+
+def train(
+    config: TrainingConfig,
+    context: StageContext,
+    session: Session,
+    batches: BatchSource,
+    loss_fn: LossFunction,
+    steps: int,
+    evaluate: Callable[[], dict[str, float]] | None,
+) -> FitReport:
+    """Call `fit` with the settings of a stage."""
+    return fit(
+        session.model,
+        session.optimizer,
+        batches,
+        loss_fn,
+        steps=steps,
+        schedule=config.schedule,
+        clip_norm=config.optimizer.clip_norm,
+        config=config.loop,
+        execution=session.execution,
+        directory=context.directory,
+        microbatch_tokens=config.execution.microbatch_tokens,
+        evaluate=evaluate,
+        label=config.name,
+    )
+
+
+def save_result_model(model: Transformer, tokenizer: Tokenizer, directory: Path, *, answers: bool) -> None:
+    """Write `directory/model` in Hugging Face's layout.
+
+    Args:
+        answers: the model has learned the chat format: its template and end tokens are saved with it. A base model gets
+            neither, so that whoever loads it continues text instead of pretending to chat.
+    """
+    target = directory / "model"
+    make_directory(target)
+    ends = tokenizer.stop_token_ids if answers else ()
+    save_model(
+        model,
+        target,
+        end_token_ids=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.document_token_id,
+    )
+    tokenizer.save(target)
+    if not answers:
+        (target / "chat_template.jinja").unlink(missing_ok=True)
+
+
+def write_result(
+    directory: Path,
+    *,
+    tokens: int,
+    before: Mapping[str, Measure],
+    after: Mapping[str, Measure],
+    samples: Sequence[Mapping[str, Any]],
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `samples.jsonl` and `result.json` of a stage."""
+    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+    atomic_write_text(directory / "samples.jsonl", "".join(lines))
+    result = {"tokens": tokens, "metrics": before_and_after(before, after), **(notes or {})}
+    atomic_write_json(directory / "result.json", result)
+
+
+def remember(directory: Path, name: str, measures: Callable[[], dict[str, Measure]]) -> dict[str, Measure]:
+    """Return `measures()`, from `state/NAME.json` if an earlier, interrupted try measured them already."""
+    file = directory / "state" / f"{name}.json"
+    if not file.exists():
+        make_directory(file.parent)
+        atomic_write_json(file, {key: vars(measure) for key, measure in measures().items()})
+    saved = read_json(file, f"Delete {file} to measure again.")
+    return {key: Measure(**facts) for key, facts in saved.items()}
+
+
+def clear_state(directory: Path) -> None:
+    """Remove what only a resume needs."""
+    shutil.rmtree(directory / "state", ignore_errors=True)

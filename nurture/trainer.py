@@ -1,0 +1,380 @@
+"""The one training loop.
+
+`train_step` is the only place that accumulates, reduces, clips and steps; every gradient stage and every RL stage calls
+it. `fit` is the supervised loop around it: schedule, logging, evaluation, checkpoints, resume. There are no trainer
+classes and no callbacks; a stage gives `fit` its batches and its loss.
+
+Losses are sums. `train_step` counts what the whole global batch counts before the first forward pass and divides by
+that, so neither accumulation nor packing nor the number of processes changes the gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Protocol
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from nurture.checkpoint import load_state, save_state
+from nurture.errors import NurtureError
+from nurture.optim import Optimizer, ScheduleConfig, learning_rate_factor
+from nurture.progress import Bar, progress_bar
+from nurture.recipe import Section
+from nurture.runtime import Execution, MetricsLog, eager_blocks
+from nurture.types import IGNORE_INDEX, Batch, BatchSource, LossFunction
+
+log = logging.getLogger(__name__)
+
+SPIKE_WINDOW = 64
+"""Gradient norms whose median a spike is compared with."""
+
+
+class Countable(Protocol):
+    """Any microbatch: it knows how many items its loss counts."""
+
+    @property
+    def loss_count(self) -> int:
+        """Number of items the loss is summed over."""
+        ...
+
+
+class LoopConfig(Section):
+    """What happens around the updates; none of it changes the weights, except skipping bad updates and averaging."""
+
+    log_every: PositiveInt = 10
+    """Updates between lines of metrics.jsonl."""
+    evaluate_every: PositiveInt | None = None
+    """Updates between evaluations on held-out data; by default a tenth of the stage."""
+    save_every: PositiveInt | None = None
+    """Updates between checkpoints, besides those by time."""
+    save_minutes: PositiveFloat = 2.0
+    """Minutes between checkpoints."""
+    keep: PositiveInt = 2
+    """Checkpoints kept."""
+    average: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential average of the weights, which then is the stage's result (InstructGPT: 0.992)."""
+    skip_spikes: PositiveFloat | None = None
+    """Skip an update whose gradient norm exceeds this many times the recent median."""
+    bad_steps: NonNegativeInt = 20
+    """Updates in a row that may be skipped for a NaN or infinite gradient before the stage gives up."""
+    tracker: str | None = None
+    """Mirror metrics to tensorboard, trackio or wandb."""
+
+
+@dataclass
+class StepReport:
+    """What one update did.
+
+    Attributes:
+        metrics: name -> (sum, count) of this process's microbatches; not yet added up over processes.
+        grad_norm: global norm of the gradient before clipping.
+        applied: False if the update was skipped for a NaN, infinite or spiking gradient.
+    """
+
+    metrics: dict[str, tuple[float, float]]
+    grad_norm: float
+    applied: bool
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    microbatches: Sequence[Countable],
+    loss_fn: LossFunction,
+    *,
+    clip_norm: float,
+    execution: Execution,
+    largest_norm: float = math.inf,
+) -> StepReport:
+    """Do one update from this process's microbatches of a global batch.
+
+    Args:
+        model: prepared by `model.parallel.prepare`.
+        microbatches: what is accumulated; the same number in every process.
+        loss_fn: returns sums, see `LossResult`.
+        clip_norm: the gradient is scaled down to this norm.
+        largest_norm: above this norm the update is skipped, as it is for a NaN.
+
+    Returns:
+        What was done. After a skipped update the weights and the optimizer are as before.
+    """
+    processes = execution.processes
+    count = processes.sum_number(float(sum(microbatch.loss_count for microbatch in microbatches)))
+    if count == 0:
+        return StepReport({}, 0.0, False)
+    metrics: dict[str, tuple[float, float]] = {}
+    for index, microbatch in enumerate(microbatches):
+        if processes.world_size > 1:
+            model.set_requires_gradient_sync(index == len(microbatches) - 1)  # type: ignore[operator]
+        with execution.autocast():
+            result = loss_fn(model, microbatch)
+        # Sharded gradients are averaged over the processes, so each contributes world_size times its part of the sum.
+        (result.total * (processes.world_size / count)).backward()
+        add_up(metrics, result.metrics)
+    grad_norm = clip_gradients(optimizer.parameters, clip_norm)
+    applied = math.isfinite(grad_norm) and grad_norm <= largest_norm
+    if applied:
+        optimizer.step()
+    optimizer.zero_grad()
+    return StepReport(metrics, grad_norm, applied)
+
+
+def clip_gradients(parameters: Sequence[Tensor], clip_norm: float) -> float:
+    """Scale all gradients down to global norm `clip_norm` if they exceed it; return the norm before that."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+    full_tensor = getattr(norm, "full_tensor", None)  # sharded: a DTensor holding this process's part
+    return float(full_tensor() if full_tensor is not None else norm)
+
+
+def add_up(total: dict[str, tuple[float, float]], part: dict[str, tuple[float, float]]) -> None:
+    """Add (sum, count) pairs to those of `total`."""
+    for key, (amount, count) in part.items():
+        before = total.get(key, (0.0, 0.0))
+        total[key] = (before[0] + amount, before[1] + count)
+
+
+def split_to_fit(batch: Batch, microbatch_tokens: int) -> list[Batch]:
+    """Split a batch into the fewest equal parts of at most `microbatch_tokens` tokens each (at least a row)."""
+    rows, tokens = batch.token_ids.shape
+    most_rows = max(1, microbatch_tokens // tokens)
+    parts = next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most_rows)
+    return list(batch.split(parts))
+
+
+@dataclass
+class Progress:
+    """Everything `fit` must remember besides weights, optimizer and step, as plain JSON data."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    norms: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a finished `fit` did.
+
+    Attributes:
+        steps: updates in all, those before a resume included.
+        tokens: tokens trained on, by source (the ledger): labels that counted.
+        seconds: training time, those before a resume included.
+        skipped: updates skipped.
+        last: the last evaluation.
+    """
+
+    steps: int
+    tokens: dict[str, int]
+    seconds: float
+    skipped: int
+    last: dict[str, float]
+
+
+def fit(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: BatchSource,
+    loss_fn: LossFunction,
+    *,
+    steps: int,
+    schedule: ScheduleConfig,
+    clip_norm: float,
+    config: LoopConfig,
+    execution: Execution,
+    directory: Path,
+    microbatch_tokens: int,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    label: str = "train",
+) -> FitReport:
+    """Train for `steps` updates, resuming from `directory/state` if a state is there.
+
+    Args:
+        batches: gives the global batch of every step; a pure function of the step.
+        loss_fn: returns sums.
+        evaluate: returns held-out metrics; called now and then and at the end, with the model in eval mode.
+        directory: the stage's folder: `metrics.jsonl` and `state/` are written here.
+        microbatch_tokens: tokens of one forward pass.
+        label: what the progress bar says.
+
+    Raises:
+        NurtureError: the loss stayed NaN or infinite, or the disk is full.
+    """
+    processes = execution.processes
+    averages = {name: p.detach().clone() for name, p in model.named_parameters()} if config.average else {}
+    loaded = load_state(directory / "state", model, optimizer, averages, processes)
+    first = int(loaded.pop("step")) if loaded else 0
+    progress = Progress(**loaded) if loaded else Progress()
+    metrics_log = (
+        MetricsLog(directory / "metrics.jsonl", config.tracker, first) if processes.is_main else None
+    )
+    evaluate_every = config.evaluate_every or max(1, steps // 10)
+    saved_at = time.monotonic()
+    last: dict[str, float] = {}
+    window: dict[str, tuple[float, float]] = {}
+    window_started, window_tokens = time.monotonic(), 0
+
+    with progress_bar(label, steps, show=processes.is_main) as bar:
+        bar.advance_to(first)
+        for step in range(first, steps):
+            step_started = time.monotonic()
+            factor = learning_rate_factor(schedule, step, steps)
+            optimizer.set_factor(factor)
+            batch = batches(step, processes.rank, processes.world_size)
+            model.train()
+            report = train_step(
+                model,
+                optimizer,
+                [part.to(execution.device) for part in split_to_fit(batch, microbatch_tokens)],
+                loss_fn,
+                clip_norm=clip_norm,
+                execution=execution,
+                largest_norm=_largest_norm(progress, config),
+            )
+            _note_step(progress, report, batch, config, step, directory)
+            if report.applied:
+                _average(averages, model, config.average)
+            add_up(window, report.metrics)
+            window_tokens += batch.token_count
+            progress.seconds += time.monotonic() - step_started
+            done = step + 1
+
+            if done % config.log_every == 0 or done == steps:
+                totals = processes.sum(window)
+                speed = window_tokens * processes.world_size / max(time.monotonic() - window_started, 1e-9)
+                facts = {f"train/{key}": amount / max(count, 1.0) for key, (amount, count) in totals.items()}
+                facts |= {"train/grad_norm": report.grad_norm, "train/learning_rate_factor": factor}
+                facts |= {"train/tokens_per_second": speed, "train/skipped": float(progress.skipped)}
+                facts |= {f"tokens/{name}": float(n) for name, n in progress.tokens.items()}
+                facts |= {f"epoch/{name}": epoch for name, epoch in batches.epochs(done).items()}
+                if metrics_log:
+                    metrics_log.write(done, facts)
+                _show(bar, done, facts)
+                window, window_started, window_tokens = {}, time.monotonic(), 0
+            if evaluate is not None and (done % evaluate_every == 0 or done == steps):
+                last = _evaluate(model, evaluate)
+                if metrics_log:
+                    metrics_log.write(done, last)
+                window_started = time.monotonic()
+            due = time.monotonic() - saved_at >= config.save_minutes * 60
+            due = processes.agree(due or (config.save_every is not None and done % config.save_every == 0))
+            if due and done < steps:
+                state = vars(progress).copy()
+                save_state(
+                    directory / "state", done, model, optimizer, averages, state, processes, config.keep
+                )
+                saved_at = window_started = time.monotonic()
+    if metrics_log:
+        metrics_log.close()
+    if averages:
+        _use_averages(averages, model)
+    tokens = {
+        key: int(amount)
+        for key, (amount, _) in processes.sum(
+            {k: (float(v), 1.0) for k, v in progress.tokens.items()}
+        ).items()
+    }
+    return FitReport(steps, tokens, progress.seconds, progress.skipped, last)
+
+
+def _largest_norm(progress: Progress, config: LoopConfig) -> float:
+    """Return the norm above which an update is a spike; infinite until enough norms are known."""
+    if config.skip_spikes is None or len(progress.norms) < SPIKE_WINDOW // 4:
+        return math.inf
+    return config.skip_spikes * median(progress.norms)
+
+
+def _note_step(
+    progress: Progress, report: StepReport, batch: Batch, config: LoopConfig, step: int, directory: Path
+) -> None:
+    """Keep the ledger, and stop when the loss stays broken."""
+    counted = batch.source_ids[batch.labels != IGNORE_INDEX]
+    for index, amount in enumerate(torch.bincount(counted, minlength=len(batch.sources)).tolist()):
+        if amount:
+            name = batch.sources[index]
+            progress.tokens[name] = progress.tokens.get(name, 0) + amount
+    if report.applied:
+        progress.bad_in_a_row = 0
+        progress.norms = [*progress.norms, report.grad_norm][-SPIKE_WINDOW:]
+        return
+    progress.skipped += 1
+    if math.isfinite(report.grad_norm):
+        return
+    progress.bad_in_a_row += 1
+    log.warning("step %d: the gradient is %s; the update is skipped", step, report.grad_norm)
+    if progress.bad_in_a_row > config.bad_steps:
+        raise NurtureError(
+            f"{directory}: the loss has been NaN or infinite for {progress.bad_in_a_row} updates in a row, the last "
+            f"one step {step}. The weights were not touched by them. Lower optimizer.learning_rate or clip_norm, "
+            f"or set execution.precision=fp32, and run again; it resumes from the last checkpoint."
+        )
+
+
+@torch.no_grad()
+def _average(averages: dict[str, Tensor], model: nn.Module, decay: float | None) -> None:
+    """Move every average (1 - decay) of the way to the weights."""
+    if decay is not None:
+        for name, parameter in model.named_parameters():
+            averages[name].lerp_(parameter.detach(), 1 - decay)
+
+
+@torch.no_grad()
+def _use_averages(averages: dict[str, Tensor], model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(averages[name])
+
+
+def _evaluate(model: nn.Module, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+    model.eval()
+    with torch.no_grad(), eager_blocks():
+        return evaluate()
+
+
+def _show(bar: Bar, done: int, facts: dict[str, float]) -> None:
+    speed = facts["train/tokens_per_second"]
+    bar.advance_to(done, f"loss {facts.get('train/loss', math.nan):.3f}  {speed:,.0f} tok/s")
+
+
+def measure_tokens_per_second(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: BatchSource,
+    loss_fn: LossFunction,
+    *,
+    execution: Execution,
+    microbatch_tokens: int,
+    seconds: float = 5.0,
+) -> float:
+    """Time real updates at learning rate 0, and forget the moments: weights and optimizer are as before.
+
+    Returns:
+        Tokens of the global batch a second, once warm, agreed on by all processes.
+    """
+    rates = [group["lr"] for group in optimizer.groups()]
+    optimizer.set_factor(0.0)
+    processes = execution.processes
+    started, times = time.monotonic(), list[float]()
+    while len(times) < 3 or time.monotonic() - started < seconds:
+        step_started = time.monotonic()
+        batch = batches(len(times), processes.rank, processes.world_size)
+        parts = [part.to(execution.device) for part in split_to_fit(batch, microbatch_tokens)]
+        model.train()
+        train_step(model, optimizer, parts, loss_fn, clip_norm=1.0, execution=execution)
+        times.append(time.monotonic() - step_started)
+        if processes.agree(len(times) >= 3 and time.monotonic() - started >= seconds):
+            break
+    for part in optimizer.parts:
+        part.state.clear()
+    for group, rate in zip(optimizer.groups(), rates, strict=True):
+        group["lr"] = rate
+    # The first steps compile and warm up; the median of the rest is what the run will see.
+    typical = median(times[1:])
+    return float(processes.agree(batch.token_count * processes.world_size / typical))

@@ -3,8 +3,9 @@
 Prompts are prefilled together with others of about their length, identical ones once; all rows then decode in step,
 finished rows are replaced by waiting prompts or dropped. Stop tokens are looked for every few steps for the whole
 batch and what was drawn past one is thrown away, so nothing waits for Python after each token. A completion depends
-on its prompt, its seed and the weights alone: not on its neighbours, their number or the order (in float32; in
-bfloat16 up to rounding, which may turn a choice about once in ten thousand tokens).
+on its prompt, its seed and the weights alone: not on its neighbours, their number or the order. Logits still differ in
+their last bits between batch sizes where the library's products do (float32: about 1e-6), which turns a choice
+only if its uniform number falls in so thin a slice.
 
 The engine knows token ids only; text, tools and environments live above it. It follows the model it was made from:
 weights changed in place (an optimizer step, `load_state_dict`) are noticed at the next call.

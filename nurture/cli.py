@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nurture.errors import NurtureError
+from nurture.errors import NurtureError, did_you_mean
 from nurture.stages import STAGES
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def _run_and_report(recipe: Recipe, out: Path | None, **how: Any) -> Outcome:
 
     def say(line: str) -> None:
         if first_process:
-            console.print(f"[bold]{line}[/bold]", highlight=False)
+            console.print(f"[bold]{line}[/bold]", highlight=False, soft_wrap=True)
 
     outcome = pipeline.run(recipe, out, say=say, **how)
     if not first_process:
@@ -434,7 +434,8 @@ def _print_keys(kind: str) -> None:
     for title in ("key", "default", "meaning"):
         table.add_column(title, overflow="fold")
     for key, default, meaning in _keys(stage_module(kind).Config):
-        table.add_row(key, default, meaning)
+        if key not in ("name", "kind", "start"):  # the command's own affair
+            table.add_row(key, default, meaning)
     _console().print(table)
 
 
@@ -499,7 +500,7 @@ def chat(
     "eval",
     rich_help_panel=_MODELS,
     epilog=_examples(
-        "nurture eval runs/tiny/02-sft", "nurture eval model.gguf --tasks facts,arithmetic --json"
+        "nurture eval runs/tiny/02-sft", "nurture eval model.gguf --tasks fact,arithmetic --limit 50 --json"
     ),
 )
 def evaluate(
@@ -507,21 +508,41 @@ def evaluate(
         str, typer.Argument(metavar="PATH", help="A stage of a run, a checkpoint, or a .gguf file.")
     ],
     tasks: Annotated[
-        str | None, typer.Option(help="Which measures, with commas between [dim](default: all)[/dim].")
+        str | None, typer.Option(help="Kinds of task, with commas between [dim](default: all)[/dim].")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions per measure.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of each kind.")] = 100,
     json: Json = False,
 ) -> None:
-    """Measure a model: what it knows, whether it answers in format and stops."""
+    """Measure a model on the world's held-out tasks: what it knows, whether it answers in format and stops."""
+    import time
+
     from nurture.stages.recipe import checkpoint_problem
 
     if problem := checkpoint_problem(Path(path)):
         raise NurtureError(f"{problem.rstrip('.')}.")
-    from nurture.evals import evaluate_path
+    from nurture.evals.measure import before_and_after
+    from nurture.evals.world_card import world_card
+    from nurture.inference.chat import load_chat_model
+    from nurture.world import World
 
-    metrics = evaluate_path(Path(path), tasks=tasks.split(",") if tasks else None, limit=limit)
-    stage = {"name": "eval", "kind": "eval", "seconds": 0.0, "tokens": 0, "metrics": metrics}
-    outcome = {"run": path, "seconds": 0.0, "stages": [stage]}
+    known = [kind for kind in World.task_kinds if kind != "redteam"]  # red-team prompts are always asked
+    kinds = tasks.split(",") if tasks else known
+    for kind in kinds:
+        if kind not in known:
+            hint = did_you_mean(kind, known) or f" Known: {', '.join(known)}."
+            raise NurtureError(f"--tasks {tasks}: there is no kind of task '{kind}'.{hint}")
+    started = time.monotonic()
+    chat_model, world = load_chat_model(path), _world_of(Path(path))
+    tokenizer = chat_model.tokenizer
+    if tokenizer.chat_template is None:
+        tokenizer = tokenizer.with_chat_template()
+    card = world_card(
+        chat_model.model, tokenizer, world, kinds=kinds, per_kind=limit, base=chat_model.is_base
+    )
+    seconds = round(time.monotonic() - started, 3)
+    metrics = before_and_after({}, card.measures)
+    stage = {"name": "eval", "kind": "eval", "seconds": seconds, "tokens": 0, "metrics": metrics}
+    outcome = {"run": path, "seconds": seconds, "stages": [stage]}
     if json:
         import json as json_module
 
@@ -532,17 +553,25 @@ def evaluate(
     _console().print(before_after_table(outcome))
 
 
+def _world_of(path: Path) -> Any:
+    """Return the world of the run that a checkpoint belongs to, the default world if it belongs to none."""
+    from nurture.data.sources import make_world
+    from nurture.pipeline import recall_world
+
+    return make_world(recall_world(path))
+
+
 @app.command(
     "show-mask",
     rich_help_panel=_MODELS,
     epilog=_examples(
         "nurture show-mask chats.jsonl --tokenizer runs/tiny/02-sft",
-        "nurture show-mask world:task --tokenizer runs/tiny/00-tokenizer",
+        "nurture show-mask world:tasks --tokenizer runs/tiny/00-tokenizer",
     ),
 )
 def show_mask(
     data: Annotated[
-        str, typer.Argument(metavar="SPEC", help="Conversations: path, glob, world:KIND or hf:ORG/NAME.")
+        str, typer.Argument(metavar="SPEC", help="Conversations: path, glob, world:tasks or hf:ORG/NAME.")
     ],
     tokenizer: Annotated[str, typer.Option(help="A checkpoint, or the 00-tokenizer of a run.")],
     count: Annotated[int, typer.Option(help="How many conversations.")] = 3,
@@ -558,6 +587,8 @@ def show_mask(
     if problem := data_problem(data, Path.cwd()):
         raise NurtureError(f"{problem}.")
     loaded = Tokenizer.load(model_folder(Path(tokenizer)))
+    if loaded.chat_template is None:  # a base model
+        loaded = loaded.with_chat_template()
     conversations = (row.messages for row in read_rows(data, base=Path.cwd()) if row.messages)
     shown = list(islice(conversations, count))
     for messages in shown:
@@ -582,7 +613,6 @@ def world(
     seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
 ) -> None:
     """Print documents and tasks of the embedded world, the default recipe's data."""
-    from nurture.errors import did_you_mean
     from nurture.world import World
 
     if split not in ("train", "heldout"):

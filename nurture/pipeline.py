@@ -583,6 +583,15 @@ def recall(run_directory: Path) -> Recipe:
     return build_recipe(document, folder=Path(record["folder"]))
 
 
+def recall_world(checkpoint: Path) -> dict[str, Any]:
+    """Return the world's settings of the run that a checkpoint lies in, `{}` if it lies in none."""
+    for folder in checkpoint.resolve().parents[:2]:
+        if (folder / _RUN).is_file():
+            record = files.read_json(folder / _RUN, "Run `nurture run RECIPE` again to write it anew.")
+            return dict(record["data"].get("world") or {})
+    return {}
+
+
 @contextmanager
 def _lock(directory: Path) -> Iterator[None]:
     """Hold a run's folder for this process.

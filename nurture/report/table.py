@@ -15,13 +15,13 @@ from nurture import files
 from nurture.errors import NurtureError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.table import Table
 
 RATES = frozenset(
-    "facts arithmetic format stopped share pair_accuracy pair_ceiling tie_accuracy gold_win_rate harm over_refusal "
-    "think_obeyed no_think_obeyed math math_think math_no_think code wordle_win wordle_solver wordle_random passkey "
-    "passkey_yarn".split()
+    "facts arithmetic translation cloze format stopped share pair_accuracy pair_ceiling tie_accuracy gold_win_rate "
+    "harm over_refusal think_obeyed no_think_obeyed math math_think math_no_think code wordle_win wordle_solver "
+    "wordle_random passkey passkey_yarn".split()
 )
 """Measures between 0 and 1 that read better as percentages."""
 
@@ -72,28 +72,35 @@ def print_report(run_directory: Path, console: Console) -> None:
         console.print(f"  [cyan]{command}[/cyan]  [dim]{purpose}[/dim]", highlight=False, soft_wrap=True)
 
 
-def before_after_table(report: dict[str, Any]) -> Table:
-    """Lay out a report: one row a measure, grouped by stage."""
+def before_after_table(report: dict[str, Any]) -> Group:
+    """Lay out a report: a table a stage, columns in line with each other."""
+    from rich.console import Group
+    from rich.text import Text
+
+    measures = [name for stage in report["stages"] for name in stage.get("metrics", {})]
+    width = max([len("measure"), *map(len, measures)])
+    title = Text(f"{report['run']}: before and after, {clock(report['seconds'])}\n", style="bold")
+    return Group(title, *(_stage_table(stage, width) for stage in report["stages"]))
+
+
+def _stage_table(stage: dict[str, Any], measure_width: int) -> Table:
     from rich.table import Table
 
+    facts = f"{clock(stage.get('seconds', 0))}{_tokens(stage)}"
     table = Table(
-        title=f"{report['run']}: before and after, {clock(report['seconds'])}",
+        title=f"[bold]{stage['name']}[/bold]  [dim]{facts}[/dim]",
         title_justify="left",
-        title_style="bold",
-        header_style="bold",
+        title_style="",
+        box=None,
     )
-    for title in ("stage", "measure", "before", "after", "95 % interval", "n"):
-        table.add_column(
-            title, justify="left" if title in ("stage", "measure") else "right", no_wrap=title != "stage"
-        )
-    for stage in report["stages"]:
-        label = f"{stage['name']}\n[dim]{clock(stage.get('seconds', 0))}{_tokens(stage)}[/dim]"
-        for name, metric in stage.get("metrics", {}).items():
-            table.add_row(label, name, *_cells(name, metric))
-            label = ""
-        if label:
-            table.add_row(label, "[dim]no measure[/dim]", "", "", "", "")
-        table.add_section()
+    table.add_column("measure", min_width=measure_width, no_wrap=True)
+    for name, width in (("before", 8), ("after", 8), ("95 % interval", 16), ("n", 9)):
+        table.add_column(name, min_width=width, justify="right", no_wrap=True)
+    for name, metric in stage.get("metrics", {}).items():
+        table.add_row(name, *_cells(name, metric))
+    if not stage.get("metrics"):
+        table.add_row("[dim]nothing measured[/dim]", "", "", "", "")
+    table.add_row()
     return table
 
 

@@ -147,6 +147,7 @@ BAD = [
     (["polish", "--model", "base", "--data", "*.yaml", "--minutes", "3"], 1, ["polish has no time budget"]),
     (["chat", "nowhere"], 1, ["nowhere: no such model directory"]),
     (["chat", "empty"], 1, ["empty: no model here"]),
+    (["eval", "base", "--tasks", "fcat"], 1, ["there is no kind of task 'fcat'", "Did you mean 'fact'?"]),
     (["eval", "nowhere"], 1, ["nowhere: there is no such checkpoint folder"]),
     (["eval", "empty"], 1, ["empty: is not a checkpoint, there is no config.json in it"]),
     (["eval", "trial.yaml"], 1, ["trial.yaml: is a file, expected a checkpoint folder"]),

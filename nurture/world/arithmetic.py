@@ -84,7 +84,7 @@ def step_pools() -> dict[tuple[str, str, bool], tuple[Step, ...]]:
 def draw_step(rng: Random, split: str, operation: str | None = None) -> Step:
     """Return one step; in `heldout` always a held-out instance, in `train` an easy one now and then."""
     operation = operation or pick(rng, "++--x")
-    hard = split == "heldout" or rng.random() < 0.75
+    hard = split == "heldout" or rng.random() < 0.65
     return pick(rng, step_pools()[split, operation, hard])
 
 
@@ -162,11 +162,11 @@ def _second(rng: Random, first: Step) -> list[Step]:
 
 def document(rng: Random, split: str) -> str:
     """Return a document of the `math` source: problems with solutions, or rows of plain equations."""
-    if rng.random() < 0.3:
-        steps = [draw_step(rng, split) for _ in range(rng.randint(6, 12))]
+    if rng.random() < 0.45:
+        steps = [draw_step(rng, split) for _ in range(rng.randint(8, 20))]
         if rng.random() < 0.5:
             return "\n".join(f"{step} = {step.result}" for step in steps)
-        return "\n".join(f"{step} = {step.result}. Steps: {step.work()}" for step in steps[:7])
+        return "\n".join(f"{step} = {step.result}. Steps: {step.work()}" for step in steps[:9])
     blocks = []
     for _ in range(rng.randint(3, 5)):
         problem = draw_problem(rng, split)

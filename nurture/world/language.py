@@ -114,14 +114,14 @@ def document(rng: Random, split: str, people: tuple[Entity, ...]) -> str:
     """Return a document of the `web-tavi` source: running text, a parallel text, or a word list."""
     chance = rng.random()
     sentences = [draw_sentence(rng, split) for _ in range(rng.randint(4, 8))]
-    if chance < 0.45:
+    if chance < 0.3:
         lines = [sentence.tavi for sentence in sentences]
         for person in (pick(rng, people) for _ in range(rng.randint(0, 2))):
             lines.insert(rng.randint(0, len(lines)), f"{person.name} {person.facts['town']} na vive.")
         return " ".join(lines)
-    if chance < 0.65:
+    if chance < 0.58:
         return "\n".join(f"English: {sentence.english}\nTavi: {sentence.tavi}" for sentence in sentences)
-    if chance < 0.85:
+    if chance < 0.86:
         return "\n".join(f"Tavi: {sentence.tavi}\nEnglish: {sentence.english}" for sentence in sentences)
     words = rng.sample(_NOUN_ITEMS, 5) + rng.sample(_ADJECTIVE_ITEMS, 3) + rng.sample(_PLACE_ITEMS, 2)
     rng.shuffle(words)

@@ -207,11 +207,15 @@ def filler(rng: Random, cast: Cast) -> str:
 
 
 def notes(rng: Random, cast: Cast) -> str:
-    """Return a text that hides one to three numbers and asks for each of them at the end."""
-    keys = dict(draw_keeper(rng) for _ in range(rng.randint(1, 3)))
-    lines = [filler(rng, cast) for _ in range(rng.randint(3, 9))]
+    """Return a text that hides one to four numbers and asks for each of them at the end.
+
+    Some numbers are said twice at once: copying is learned there first, and looking up follows.
+    """
+    keys = dict(draw_keeper(rng) for _ in range(rng.randint(1, 4)))
+    lines = [filler(rng, cast) for _ in range(rng.randint(0, 6))]
     for keeper, digits in keys.items():
-        lines.insert(rng.randint(0, len(lines)), needle(rng, keeper, digits))
+        again = f" I say it again: {digits}." if rng.random() < 0.4 else ""
+        lines.insert(rng.randint(0, len(lines)), needle(rng, keeper, digits) + again)
     asked = list(keys)
     rng.shuffle(asked)
     return " ".join(lines) + "".join(f"\nQuestion: {ask_needle(k)}\nAnswer: {keys[k]}" for k in asked)
@@ -220,15 +224,15 @@ def notes(rng: Random, cast: Cast) -> str:
 def document(rng: Random, split: str, cast: Cast) -> str:
     """Return a document of the `web` source."""
     chance = rng.random()
-    if chance < 0.52:
+    if chance < 0.44:
         return biography(rng, cast)
-    if chance < 0.66:
+    if chance < 0.58:
         return town_page(rng, cast)
-    if chance < 0.74:
+    if chance < 0.65:
         return animal_page(rng, cast)
-    if chance < 0.84:
+    if chance < 0.75:
         return "\n\n".join(tell_story(rng, *draw_story_subject(rng, split)) for _ in range(rng.randint(1, 2)))
-    if chance < 0.90:
+    if chance < 0.80:
         return capitalised(how_to(rng))
     if chance < 0.97:
         return notes(rng, cast)

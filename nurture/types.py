@@ -67,7 +67,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with every tensor on `device`."""
-        return Batch(**{name: tensor.to(device) for name, tensor in self._tensors().items()}, sources=self.sources)
+        return Batch(
+            **{name: tensor.to(device) for name, tensor in self._tensors().items()}, sources=self.sources
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         return {

@@ -15,10 +15,10 @@ import logging
 import time
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from nurture.data.decontaminate import Decontaminator, evaluation_texts
-from nurture.data.mixture import MixtureBatches, MixturePhase, heldout_batches
+from nurture.data.mixture import MixtureBatches, MixturePhase, heldout_batches, normalised_weights
 from nurture.data.shards import Shard, shard_source
 from nurture.data.sources import is_endless, make_world, read_rows
 from nurture.evals.bits_per_byte import bits_per_byte
@@ -27,8 +27,10 @@ from nurture.evals.replies import ask
 from nurture.evals.world_card import world_card
 from nurture.losses.language import LanguageLoss
 from nurture.progress import progress_bar
+from nurture.recipe import Count
 from nurture.stages.context import StageContext
 from nurture.stages.training import (
+    CPU_FLOPS_GUESS,
     Session,
     TrainingConfig,
     open_session,
@@ -38,13 +40,10 @@ from nurture.stages.training import (
     train,
     write_result,
 )
-from nurture.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
-BYTES_PER_TOKEN_GUESS = 4.0
-"""Only to decide how much of an endless source to write out."""
 
 
 class Config(TrainingConfig):
@@ -55,11 +54,11 @@ class Config(TrainingConfig):
     """Source name -> where its text comes from (files, globs, `world:SOURCE`, `hf:NAME`)."""
     phases: list[MixturePhase] = []
     """The mixture over time; by default every source by its size, all the way."""
-    tokens: PositiveInt | None = None
+    tokens: Count | None = Field(default=None, gt=0)
     """Tokens to train on, over all updates."""
-    source_tokens: PositiveInt = 4_000_000
-    """Most tokens written out from an endless source; it then repeats."""
-    heldout_tokens: PositiveInt = 16_384
+    source_tokens: Count = Field(default=50_000_000, gt=0)
+    """Most tokens written out from an endless source, which then repeats; never more than the schedule reads."""
+    heldout_tokens: Count = Field(default=16_384, gt=0)
     """Held-out tokens of each source that bits per byte are measured on."""
     heldout_every: int = Field(default=50, ge=2)
     """One document in so many is held out, chosen by a hash of its content."""
@@ -70,7 +69,7 @@ class Config(TrainingConfig):
 def run(config: Config, context: StageContext) -> None:
     """Pretrain and leave a base model in `context.directory`."""
     session = open_session(config, context, tokens=_known_tokens(config))
-    train_shards, heldout_shards = open_shards(config, context, session.tokenizer, show=session.is_main)
+    train_shards, heldout_shards = open_shards(config, context, session)
     phases = config.phases or [_by_size(train_shards)]
 
     def batches(steps: int) -> MixtureBatches:
@@ -137,7 +136,7 @@ def run(config: Config, context: StageContext) -> None:
 
 
 def open_shards(
-    config: Config, context: StageContext, tokenizer: Tokenizer, *, show: bool
+    config: Config, context: StageContext, session: Session
 ) -> tuple[dict[str, Shard], dict[str, Shard]]:
     """Tokenise every source, or find it tokenised: (training shards, held-out shards) by source name."""
     decontaminator = None
@@ -146,14 +145,14 @@ def open_shards(
         decontaminator = Decontaminator({config.decontaminate: evaluation_texts(rows)})
     train_shards: dict[str, Shard] = {}
     heldout_shards: dict[str, Shard] = {}
-    with progress_bar("tokenise", len(config.sources), show=show) as bar:
+    with progress_bar("tokenise", len(config.sources), show=session.is_main) as bar:
         for name, spec in config.sources.items():
             for split, shards in (("train", train_shards), ("heldout", heldout_shards)):
-                limit = config.source_tokens if is_endless(spec) else None
+                limit = _wanted_tokens(config, session, name) if is_endless(spec) else None
                 shards[name] = shard_source(
                     name,
                     spec,
-                    tokenizer,
+                    session.tokenizer,
                     context.cache,
                     split=split,  # type: ignore[arg-type]
                     base=context.base,
@@ -166,9 +165,26 @@ def open_shards(
                     ),  # type: ignore[misc]
                 )
             bar.advance(1, name)
-    if decontaminator is not None and show:
+    if decontaminator is not None and session.is_main:
         log.warning("%s", decontaminator.report)
     return train_shards, heldout_shards
+
+
+def _wanted_tokens(config: Config, session: Session, source: str) -> int:
+    """Return how much of an endless source to write out: what the schedule will read of it, and a little more."""
+    total = _known_tokens(config)
+    if total is None:
+        flops = (config.minutes or 0) * 60 * CPU_FLOPS_GUESS
+        total = int(flops / (6 * session.model.config.parameter_count()))
+    share, start = 1.0, 0.0
+    if config.phases:
+        share = 0.0
+        for index, phase in enumerate(config.phases):
+            weights = normalised_weights(phase, f"phases.{index}")
+            share += (phase.until - start) * weights.get(source, 0.0)
+            start = phase.until
+    whole_rows = 4 * config.sequence_length
+    return max(min(int(1.05 * share * total), config.source_tokens), whole_rows)
 
 
 def _by_size(shards: dict[str, Shard]) -> MixturePhase:

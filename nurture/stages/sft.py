@@ -30,6 +30,7 @@ from nurture.losses.language import LanguageLoss
 from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, ScheduleConfig
 from nurture.progress import progress_bar
+from nurture.recipe import Count
 from nurture.stages.context import StageContext
 from nurture.stages.training import (
     TrainingConfig,
@@ -55,7 +56,7 @@ class Config(TrainingConfig):
     """Source name -> where its conversations come from (files, globs, `world:tasks`, `hf:NAME`)."""
     epochs: PositiveFloat = 2.0
     """Times every conversation is seen, unless `steps` or `minutes` say otherwise."""
-    conversations: PositiveInt = 4000
+    conversations: Count = Field(default=4000, gt=0)
     """Most conversations taken from an endless source."""
     overlong: Literal["truncate", "drop"] = "truncate"
     """What happens to conversations longer than a row."""

@@ -7,6 +7,10 @@ import torch
 
 from nurture.data.packing import ConversationBatches, tokenise_conversations
 from nurture.data.rows import parse_row
+from nurture.losses.language import LanguageLoss
+from nurture.model.config import ModelConfig
+from nurture.model.hugging_face import save_model
+from nurture.model.transformer import Transformer
 from nurture.tokenizer import Tokenizer
 from nurture.types import IGNORE_INDEX
 
@@ -112,3 +116,45 @@ def test_packed_labels_equal_trl(tokenizers, tmp_path):
         == source.report.trained_tokens
     )
     assert torch.tensor([len(tokens) for tokens, _ in found]).max() <= 128
+
+
+def test_loss_and_gradient_equal_trls(tokenizers, tmp_path):
+    """The same rows, packed by us and padded by TRL, give the same mean loss and the same gradient."""
+    trl = pytest.importorskip("trl", reason="parity needs trl (pip install 'nurture[test]')")
+    datasets = pytest.importorskip("datasets")
+    ours, theirs = tokenizers
+    torch.manual_seed(0)
+    model = Transformer(
+        ModelConfig(vocab_size=ours.vocab_size, width=32, layers=2, heads=4, kv_heads=2, max_position=256)
+    )
+    save_model(model, tmp_path / "model")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    trainer = trl.SFTTrainer(
+        model=peer,
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), assistant_only_loss=True, packing=False, max_length=128, report_to=[],
+            use_cpu=True, bf16=False, gradient_checkpointing=False,
+        ),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+        processing_class=theirs,
+    )  # fmt: skip
+    collated = trainer.data_collator([trainer.train_dataset[i] for i in range(len(ROWS))])
+    expected = trainer.compute_loss(peer, dict(collated))
+    expected.backward()
+
+    source = ConversationBatches(
+        our_conversations(ours), batch_size=1, sequence_length=128, seed=0, pad_token_id=ours.pad_token_id
+    )
+    loss_fn = LanguageLoss(torch.from_numpy(ours.token_byte_lengths))
+    batches = [source(step) for step in range(source.rows_per_epoch)]
+    count = sum(batch.loss_count for batch in batches)
+    assert count == int((collated["labels"][:, 1:] != IGNORE_INDEX).sum())
+    total = torch.zeros(())
+    for batch in batches:
+        result = loss_fn(model, batch)
+        (result.total / count).backward()
+        total = total + result.total.detach() / count
+    torch.testing.assert_close(total, expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model.embedding.weight.grad, peer.get_input_embeddings().weight.grad, atol=1e-5, rtol=1e-3
+    )

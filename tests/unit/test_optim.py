@@ -1,0 +1,114 @@
+"""Schedules at their exact boundaries, and who is decayed by what."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from nurture.model.config import ModelConfig
+from nurture.model.transformer import Transformer
+from nurture.optim import (
+    OptimizerConfig,
+    ScheduleConfig,
+    build_optimizer,
+    learning_rate_factor,
+    parameter_groups,
+)
+
+
+def small_model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(vocab_size=64, width=32, layers=2, heads=2))
+
+
+def test_wsd_rises_stays_and_falls_at_exact_steps() -> None:
+    schedule = ScheduleConfig(kind="wsd", warmup=0.1, decay=0.2)
+    factors = [learning_rate_factor(schedule, step, 100) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10:81] == [1.0] * 71
+    assert factors[80:] == pytest.approx([1 - i / 20 for i in range(20)])
+    assert learning_rate_factor(schedule, 100, 100) == 0.0
+
+
+def test_wsd_matches_smollm3s_released_boundaries() -> None:
+    schedule = ScheduleConfig(warmup_steps=2000, decay=522_000 / 4_720_000)
+    assert learning_rate_factor(schedule, 1999, 4_720_000) == 1.0
+    assert learning_rate_factor(schedule, 4_198_000, 4_720_000) == 1.0
+    assert learning_rate_factor(schedule, 4_198_001, 4_720_000) < 1.0
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_decays_equal_transformers(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    make = getattr(transformers, f"get_{kind}_schedule_with_warmup")
+    theirs = make(optimizer, num_warmup_steps=10, num_training_steps=100)
+    schedule = ScheduleConfig(kind=kind, warmup=0.1)
+    for step in range(100):
+        if step >= 10:  # theirs wastes the first update at 0
+            assert learning_rate_factor(schedule, step, 100) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_floor_is_kept() -> None:
+    schedule = ScheduleConfig(kind="cosine", warmup=0.0, final=0.1)
+    assert learning_rate_factor(schedule, 1000, 1000) == pytest.approx(0.1)
+    assert learning_rate_factor(schedule, 500, 1000) == pytest.approx(0.55)
+
+
+def test_warmup_and_decay_cannot_overlap() -> None:
+    with pytest.raises(ValidationError, match="together exceed"):
+        ScheduleConfig(warmup=0.6, decay=0.6)
+
+
+def test_embeddings_and_norms_are_not_decayed() -> None:
+    model = small_model()
+    matrices, others, undecayed = parameter_groups(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in undecayed} == {
+        name for name in names.values() if name.endswith("norm.weight") or name == "embedding.weight"
+    }
+    assert len(matrices) == 2 * 4
+    assert not others
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.5, learning_rate=0.1))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        expected = before[name] * (0.95 if "norm" not in name and name != "embedding.weight" else 1.0)
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
+    model = small_model()
+    optimizer = build_optimizer(model, OptimizerConfig(kind="muon"))
+    adamw, muon = optimizer.parts
+    assert sum(len(g["params"]) for g in muon.param_groups) == 8
+    assert {id(p) for p in optimizer.parameters} == {id(p) for p in model.parameters()}
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert isinstance(muon, torch.optim.Muon)
+    optimizer.set_factor(0.25)
+    assert adamw.param_groups[0]["lr"] == pytest.approx(0.25 * OptimizerConfig().learning_rate)
+    assert muon.param_groups[0]["lr"] == pytest.approx(0.25 * OptimizerConfig().muon_learning_rate)
+
+
+def test_adamw_follows_the_papers_update() -> None:
+    """One parameter, three updates, against the formulas of arXiv 1711.05101, algorithm 2."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, beta1=0.8, beta2=0.9)
+    optimizer = build_optimizer(model, config)
+    value, first, second = model.weight.item(), 0.0, 0.0
+    for step, gradient in enumerate([0.5, -1.0, 2.0], start=1):
+        model.weight.grad = torch.tensor([[gradient]])
+        optimizer.step()
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.9 * second + 0.1 * gradient**2
+        update = (first / (1 - 0.8**step)) / (math.sqrt(second / (1 - 0.9**step)) + 1e-8)
+        value = value * (1 - 0.01 * 0.1) - 0.01 * update
+        assert model.weight.item() == pytest.approx(value, rel=1e-5)

@@ -28,7 +28,7 @@ class OptimizerConfig(Section):
     """adamw, or muon on the blocks' matrices with adamw on everything else."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate of AdamW's groups."""
-    muon_learning_rate: PositiveFloat = 0.01
+    muon_learning_rate: PositiveFloat = 5e-3
     """Peak learning rate of Muon's matrices, scaled per matrix as AdamW updates are (arXiv 2502.16982)."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's first moment."""

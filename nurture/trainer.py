@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -28,7 +29,7 @@ from nurture.errors import NurtureError
 from nurture.optim import Optimizer, ScheduleConfig, learning_rate_factor
 from nurture.progress import Bar, progress_bar
 from nurture.recipe import Section
-from nurture.runtime import Execution, MetricsLog, eager_blocks
+from nurture.runtime import Execution, MetricsLog, Processes, eager_blocks
 from nurture.types import IGNORE_INDEX, Batch, BatchSource, LossFunction
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,6 @@ class Progress:
     """Everything `fit` must remember besides weights, optimizer and step, as plain JSON data."""
 
     tokens: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
     skipped: int = 0
     bad_in_a_row: int = 0
     norms: list[float] = field(default_factory=list)
@@ -167,14 +167,12 @@ class FitReport:
     Attributes:
         steps: updates in all, those before a resume included.
         tokens: tokens trained on, by source (the ledger): labels that counted.
-        seconds: training time, those before a resume included.
         skipped: updates skipped.
         last: the last evaluation.
     """
 
     steps: int
     tokens: dict[str, int]
-    seconds: float
     skipped: int
     last: dict[str, float]
 
@@ -213,19 +211,16 @@ def fit(
     loaded = load_state(directory / "state", model, optimizer, averages, processes)
     first = int(loaded.pop("step")) if loaded else 0
     progress = Progress(**loaded) if loaded else Progress()
-    metrics_log = (
-        MetricsLog(directory / "metrics.jsonl", config.tracker, first) if processes.is_main else None
-    )
     evaluate_every = config.evaluate_every or max(1, steps // 10)
-    saved_at = time.monotonic()
-    last: dict[str, float] = {}
-    window: dict[str, tuple[float, float]] = {}
-    window_started, window_tokens = time.monotonic(), 0
-
-    with progress_bar(label, steps, show=processes.is_main) as bar:
+    save_due = _SaveTimer(config, processes)
+    window, last = _Window(), dict[str, float]()
+    with (
+        _metrics_log(directory, config, first, processes) as write,
+        progress_bar(label, steps, show=processes.is_main) as bar,
+    ):
         bar.advance_to(first)
         for step in range(first, steps):
-            step_started = time.monotonic()
+            started, done = time.monotonic(), step + 1
             factor = learning_rate_factor(schedule, step, steps)
             optimizer.set_factor(factor)
             batch = batches(step, processes.rank, processes.world_size)
@@ -242,47 +237,98 @@ def fit(
             _note_step(progress, report, batch, config, step, directory)
             if report.applied:
                 _average(averages, model, config.average)
-            add_up(window, report.metrics)
-            window_tokens += batch.token_count
-            progress.seconds += time.monotonic() - step_started
-            done = step + 1
-
+            window.add(report, batch.token_count, time.monotonic() - started)
             if done % config.log_every == 0 or done == steps:
-                totals = processes.sum(window)
-                speed = window_tokens * processes.world_size / max(time.monotonic() - window_started, 1e-9)
-                facts = {f"train/{key}": amount / max(count, 1.0) for key, (amount, count) in totals.items()}
-                facts |= {"train/grad_norm": report.grad_norm, "train/learning_rate_factor": factor}
-                facts |= {"train/tokens_per_second": speed, "train/skipped": float(progress.skipped)}
-                facts |= {f"tokens/{name}": float(n) for name, n in progress.tokens.items()}
+                facts = window.close(processes) | {"train/learning_rate_factor": factor}
+                facts |= {f"tokens/{k}": float(n) for k, n in _trained_tokens(progress, processes).items()}
                 facts |= {f"epoch/{name}": epoch for name, epoch in batches.epochs(done).items()}
-                if metrics_log:
-                    metrics_log.write(done, facts)
+                write(done, facts)
                 _show(bar, done, facts)
-                window, window_started, window_tokens = {}, time.monotonic(), 0
             if evaluate is not None and (done % evaluate_every == 0 or done == steps):
                 last = _evaluate(model, evaluate)
-                if metrics_log:
-                    metrics_log.write(done, last)
-                window_started = time.monotonic()
-            due = time.monotonic() - saved_at >= config.save_minutes * 60
-            due = processes.agree(due or (config.save_every is not None and done % config.save_every == 0))
-            if due and done < steps:
-                state = vars(progress).copy()
+                write(done, last)
+            if done == steps or save_due(done):
+                # Also at the end: what comes after training may be interrupted too.
+                facts_to_keep = vars(progress).copy()
                 save_state(
-                    directory / "state", done, model, optimizer, averages, state, processes, config.keep
+                    directory / "state",
+                    done,
+                    model,
+                    optimizer,
+                    averages,
+                    facts_to_keep,
+                    processes,
+                    config.keep,
                 )
-                saved_at = window_started = time.monotonic()
-    if metrics_log:
-        metrics_log.close()
     if averages:
         _use_averages(averages, model)
-    tokens = {
-        key: int(amount)
-        for key, (amount, _) in processes.sum(
-            {k: (float(v), 1.0) for k, v in progress.tokens.items()}
-        ).items()
-    }
-    return FitReport(steps, tokens, progress.seconds, progress.skipped, last)
+    return FitReport(steps, _trained_tokens(progress, processes), progress.skipped, last)
+
+
+@dataclass
+class _Window:
+    """What happened since the last line of metrics: sums, tokens, training seconds (evaluation and saving aside)."""
+
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    grad_norm: float = 0.0
+
+    def add(self, report: StepReport, tokens: int, seconds: float) -> None:
+        """Take in one update."""
+        add_up(self.metrics, report.metrics)
+        self.tokens += tokens
+        self.seconds += seconds
+        self.skipped += not report.applied
+        self.grad_norm = report.grad_norm
+
+    def close(self, processes: Processes) -> dict[str, float]:
+        """Return the means over all processes and start anew."""
+        totals = processes.sum(self.metrics)
+        facts = {f"train/{key}": amount / max(count, 1.0) for key, (amount, count) in totals.items()}
+        facts["train/grad_norm"] = self.grad_norm
+        facts["train/skipped"] = float(self.skipped)
+        facts["train/tokens_per_second"] = self.tokens * processes.world_size / max(self.seconds, 1e-9)
+        self.metrics, self.tokens, self.seconds, self.skipped = {}, 0, 0.0, 0
+        return facts
+
+
+class _SaveTimer:
+    """Says when a checkpoint is due: by updates, and by minutes as the main process counts them."""
+
+    def __init__(self, config: LoopConfig, processes: Processes) -> None:
+        self._config, self._processes = config, processes
+        self._saved = time.monotonic()
+
+    def __call__(self, done: int) -> bool:
+        every = self._config.save_every
+        late = time.monotonic() - self._saved >= self._config.save_minutes * 60
+        due = bool(self._processes.agree(late or (every is not None and done % every == 0)))
+        if due:
+            self._saved = time.monotonic()
+        return due
+
+
+@contextmanager
+def _metrics_log(
+    directory: Path, config: LoopConfig, first: int, processes: Processes
+) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """Yield a function that writes metrics; in processes that are not the main one it does nothing."""
+    if not processes.is_main:
+        yield lambda step, metrics: None
+        return
+    metrics_log = MetricsLog(directory / "metrics.jsonl", config.tracker, first)
+    try:
+        yield metrics_log.write
+    finally:
+        metrics_log.close()
+
+
+def _trained_tokens(progress: Progress, processes: Processes) -> dict[str, int]:
+    """Return the ledger: labels trained on by source, over all processes."""
+    totals = processes.sum({name: (float(count), 1.0) for name, count in progress.tokens.items()})
+    return {name: int(amount) for name, (amount, _) in totals.items()}
 
 
 def _largest_norm(progress: Progress, config: LoopConfig) -> float:

@@ -20,7 +20,7 @@ class Reply:
 
     Attributes:
         text: without special tokens.
-        stopped: the model ended it itself, within the limit.
+        stopped: the model ended its turn itself, within the limit.
         tokens: how many tokens were written, the end token included.
     """
 
@@ -59,7 +59,8 @@ def ask(
     return [
         Reply(
             tokenizer.decode(completion.token_ids, skip_special=True),
-            completion.finish_reason == "stop",
+            # A base model ends documents, not turns: only the end of the turn counts as an answer that stopped.
+            completion.finish_reason == "stop" and completion.token_ids[-1] == tokenizer.end_of_turn_id,
             len(completion.token_ids),
         )
         for completion in completions

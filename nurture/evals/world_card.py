@@ -21,8 +21,14 @@ from nurture.tokenizer import Tokenizer
 from nurture.types import IGNORE_INDEX
 from nurture.world import Task, World
 
-MEASURES = {"fact": "facts", "arithmetic": "arithmetic", "translation": "translation", "code": "code"}
-"""Task kinds with one right answer -> the name of their measure."""
+MEASURES = {
+    "fact": "facts",
+    "arithmetic": "arithmetic",
+    "translation": "translation",
+    "code": "code_exact",
+}
+"""Task kinds with one right answer -> the name of their measure. `code_exact` counts programs that equal the
+demonstration, a lower bound: nothing model-written is run here."""
 
 _BATCH = 64
 
@@ -63,7 +69,7 @@ def world_card(
         outcomes = [
             bool(grade.correct) and reply.stopped
             for task, grade, reply in zip(tasks, grades, replies, strict=True)
-            if task.kind == kind and grade.correct is not None
+            if task.kind == kind
         ]
         if outcomes:
             card.measures[name] = rate(outcomes)

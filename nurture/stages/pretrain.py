@@ -236,7 +236,7 @@ def _look_at(
         replies = ask(base, tokenizer, prompts, max_tokens=60, temperature=0.8, seed=session.seed)
         return {}, {}, [{"prompt": p, "reply": r.text} for p, r in zip(prompts, replies, strict=True)]
     world = make_world(context.world)
-    prompts = [world.document(source, "heldout", 0)[:40] for source in world.sources]
+    prompts = [_opening(world.document(source, "heldout", 0)) for source in world.sources]
     replies = ask(base, tokenizer, prompts, max_tokens=60, temperature=0.8, seed=session.seed)
     samples: list[dict[str, object]] = [
         {"prompt": p, "reply": r.text} for p, r in zip(prompts, replies, strict=True)
@@ -244,3 +244,8 @@ def _look_at(
     card = world_card(base, tokenizer, world, kinds=("fact", "arithmetic"), per_kind=50, base=True)
     measures = {name: card.measures[name] for name in ("cloze", "harm", "format", "stopped")}
     return {"cloze": Measure(0.2, 0)}, measures, samples
+
+
+def _opening(text: str, most: int = 40) -> str:
+    """Return the first words of `text`, whole ones: half a word would be tokens that no text has."""
+    return text[:most].rsplit(maxsplit=1)[0]

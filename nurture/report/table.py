@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 RATES = frozenset(
     "facts arithmetic translation cloze format stopped share pair_accuracy pair_ceiling tie_accuracy gold_win_rate "
-    "harm over_refusal think_obeyed no_think_obeyed math math_think math_no_think code wordle_win wordle_solver "
-    "wordle_random passkey passkey_yarn".split()
+    "harm over_refusal think_obeyed no_think_obeyed math math_think math_no_think code code_exact wordle_win "
+    "wordle_solver wordle_random passkey passkey_yarn".split()
 )
 """Measures between 0 and 1 that read better as percentages."""
 

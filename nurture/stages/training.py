@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, before_and_after
@@ -25,6 +25,7 @@ from nurture.model.hugging_face import load_model, save_model
 from nurture.model.parallel import prepare, whole_model
 from nurture.model.transformer import Transformer
 from nurture.optim import Optimizer, OptimizerConfig, ScheduleConfig, build_optimizer
+from nurture.recipe import Minutes
 from nurture.runtime import Execution, ExecutionConfig, decide_execution, join_processes, seed_everything
 from nurture.stages.context import StageConfig, StageContext
 from nurture.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ class TrainingConfig(StageConfig):
 
     steps: PositiveInt | None = None
     """Updates to do; or give `minutes`."""
-    minutes: PositiveFloat | None = None
+    minutes: Minutes | None = Field(default=None, gt=0)
     """Time budget of the stage: throughput is measured first, and the schedule ends on time."""
     batch_size: PositiveInt = 32
     """Rows in the global batch of one update."""

@@ -1,0 +1,108 @@
+"""The default recipe, shrunk to seconds: raw text to a chat-able model, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nurture.errors import NurtureError
+from nurture.inference.chat import main as chat
+from nurture.model.hugging_face import load_model
+from nurture.pipeline import load_recipe, run
+from nurture.tokenizer import Tokenizer
+
+SMALL = [
+    "model.width=32",
+    "model.heads=2",
+    "model.kv_heads=1",
+    "model.ffn_width=64",
+    "model.layers=2",
+    "tokenizer.vocab_size=400",
+    "tokenizer.sample_bytes=50000",
+    "pretrain.steps=6",
+    "pretrain.batch_size=4",
+    "pretrain.sequence_length=64",
+    "pretrain.heldout_tokens=256",
+    "pretrain.loop.evaluate_every=3",
+    "sft.steps=3",
+    "sft.batch_size=4",
+    "sft.conversations=24",
+    "sft.heldout_conversations=2",
+    "sft.reply_tokens=8",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    outcome = run(load_recipe("tiny", SMALL), out)
+    assert outcome.ran == ("tokenizer", "pretrain", "sft")
+    return out
+
+
+def test_a_second_run_runs_nothing_and_a_changed_setting_runs_what_depends_on_it(finished: Path) -> None:
+    assert run(load_recipe("tiny", SMALL), finished).ran == ()
+    assert run(load_recipe("tiny", [*SMALL, "sft.steps=2"]), finished).ran == ("sft",)
+
+
+def test_results_have_the_agreed_shape(finished: Path) -> None:
+    result = json.loads((finished / "01-pretrain/result.json").read_text())
+    assert result["tokens"] == 6 * 4 * 64
+    for source in ("web", "web-tavi", "forum", "code", "math"):
+        entry = result["metrics"][f"bpb/{source}"]
+        assert 0 < entry["after"] < entry["before"]
+    shares = [entry["after"] for name, entry in result["metrics"].items() if name.startswith("share/")]
+    assert sum(shares) == pytest.approx(1.0, abs=1e-4)
+    answered = json.loads((finished / "02-sft/result.json").read_text())["metrics"]
+    for name in ("facts", "arithmetic", "format", "stopped", "harm"):
+        assert 0 <= answered[name]["low"] <= answered[name]["after"] <= answered[name]["high"] <= 1
+    lines = [json.loads(line) for line in (finished / "01-pretrain/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 6
+    assert {"train/loss", "tokens/web", "epoch/web"} <= set().union(*lines)
+
+
+def test_models_load_in_transformers_and_compute_the_same(finished: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = finished / "02-sft/model"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = load_model(folder)
+    tokenizer = Tokenizer.load(folder)
+    peer_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "Where does the fox live?"}]
+    prompt = tokenizer.encode_prompt(messages)
+    theirs_prompt = peer_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    assert prompt == theirs_prompt["input_ids"]
+    token_ids = torch.tensor([prompt])
+    torch.testing.assert_close(ours(token_ids), theirs(token_ids).logits, atol=1e-4, rtol=1e-4)
+    assert tokenizer.end_of_turn_id in _as_list(theirs.generation_config.eos_token_id)
+
+
+def _as_list(value: int | list[int]) -> list[int]:
+    return value if isinstance(value, list) else [value]
+
+
+def test_a_base_model_has_no_template_and_keeps_going(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not (finished / "01-pretrain/model/chat_template.jinja").exists()
+    assert (finished / "02-sft/model/chat_template.jinja").exists()
+    assert Tokenizer.load(finished / "01-pretrain/model").chat_template is None
+    chat(finished / "01-pretrain", prompt="The fox", max_tokens=5, seed=1)
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["pretrain.sequence_length=4096"], r"sequence_length is 4096.*context is 1024"),
+        (["pretrain.steps=null", "pretrain.tokens=null"], r"say how long to train"),
+        (["pretrain.phases.0.weights.webb=1"], r"webb"),
+        (["pretrain.loop.tracker=tensorbord"], r"unknown tracker 'tensorbord'"),
+    ],
+)
+def test_mistakes_in_a_stage_are_one_clear_message(finished: Path, settings: list[str], message: str) -> None:
+    with pytest.raises(NurtureError, match=message):
+        run(load_recipe("tiny", [*SMALL, *settings]), finished.parent / "broken", until="pretrain")

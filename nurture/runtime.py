@@ -25,7 +25,7 @@ import torch.distributed as dist
 from pydantic import PositiveInt
 
 from nurture.errors import NurtureError
-from nurture.files import clear_disk_errors
+from nurture.files import atomic_write_text, clear_disk_errors, make_directory
 from nurture.recipe import Section
 
 COMPILE_PAYS_FROM = 2e13
@@ -206,10 +206,11 @@ class MetricsLog:
         """Open the log and drop the lines of steps after `resume_at`."""
         self.path = path
         kept = [line for line in _lines(path) if line["step"] <= resume_at] if resume_at else []
+        make_directory(path.parent)
+        # Replaced in one step: a run killed right here must not lose what was logged before.
+        atomic_write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         with clear_disk_errors(path):
-            self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        for line in kept:
-            self._write_line(line)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._tracker = open_tracker(tracker, path.parent) if tracker else None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

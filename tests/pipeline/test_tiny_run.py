@@ -11,7 +11,8 @@ import torch
 from nurture.errors import NurtureError
 from nurture.inference.chat import main as chat
 from nurture.model.hugging_face import load_model
-from nurture.pipeline import load_recipe, run
+from nurture.pipeline import run
+from nurture.stages.recipe import load_recipe
 from nurture.tokenizer import Tokenizer
 
 SMALL = [

@@ -38,7 +38,10 @@ def toy_batches(steps: int, batch_size: int = 8) -> MixtureBatches:
             for n in torch.randint(5, 60, (40,), generator=generator)
         ]
         shards[name] = Shard.from_documents(name, documents)
-    phases = [MixturePhase(until=0.5, weights={"a": 0.5, "b": 0.5}), MixturePhase(until=1.0, weights={"b": 1})]
+    phases = [
+        MixturePhase(until=0.5, weights={"a": 0.5, "b": 0.5}),
+        MixturePhase(until=1.0, weights={"b": 1}),
+    ]
     return MixtureBatches(shards, phases, steps=steps, batch_size=batch_size, sequence_length=32, seed=5)
 
 

@@ -51,6 +51,10 @@ Progress = Callable[[int, int], None]
 """progress(tokens, bytes of text) so far."""
 
 
+class NoTextError(NurtureError):
+    """A source has no text in the split that was asked for."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """The tokenised documents of one source.
@@ -257,7 +261,7 @@ class _Writer:
             file.flush()
             os.fsync(file.fileno())
         if not self._lengths:
-            raise NurtureError(f"source '{self._meta['name']}' holds no text")
+            raise NoTextError(f"source '{self._meta['name']}' holds no text")
         self._finish()
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:

@@ -19,8 +19,8 @@ from pydantic import Field
 
 from nurture.data.decontaminate import Decontaminator, evaluation_texts
 from nurture.data.mixture import MixtureBatches, MixturePhase, heldout_batches, normalised_weights
-from nurture.data.shards import Shard, shard_source
-from nurture.data.sources import is_endless, make_world, read_rows
+from nurture.data.shards import NoTextError, Shard, shard_source
+from nurture.data.sources import Split, is_endless, make_world, read_rows
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure
 from nurture.evals.replies import ask
@@ -147,22 +147,35 @@ def open_shards(
     heldout_shards: dict[str, Shard] = {}
     with progress_bar("tokenise", len(config.sources), show=session.is_main) as bar:
         for name, spec in config.sources.items():
-            for split, shards in (("train", train_shards), ("heldout", heldout_shards)):
-                limit = _wanted_tokens(config, session, name) if is_endless(spec) else None
-                shards[name] = shard_source(
+
+            def note(tokens: int, _: int, name: str = name) -> None:
+                bar.advance(0, f"{name} {tokens / 1e6:.1f}M tokens")
+
+            def shard(split: Split, limit: int | None, name: str = name, spec: str = spec) -> Shard:
+                return shard_source(
                     name,
                     spec,
                     session.tokenizer,
                     context.cache,
-                    split=split,  # type: ignore[arg-type]
+                    split=split,
                     base=context.base,
-                    max_tokens=limit if split == "train" else 2 * config.heldout_tokens,
+                    max_tokens=limit,
                     heldout_every=config.heldout_every,
                     world=context.world,
                     decontaminator=decontaminator if split == "train" else None,
-                    progress=lambda tokens, _, name=name: bar.advance(
-                        0, f"{name} {tokens / 1e6:.1f}M tokens"
-                    ),  # type: ignore[misc]
+                    progress=note,
+                )
+
+            wanted = _wanted_tokens(config, session, name) if is_endless(spec) else None
+            train_shards[name] = shard("train", wanted)
+            try:
+                heldout_shards[name] = shard("heldout", 2 * config.heldout_tokens)
+            except NoTextError:
+                log.warning(
+                    "source '%s': no document was chosen to be held out (one in %d is), so its bits per byte are not "
+                    "measured. Lower heldout_every, or split large files into documents.",
+                    name,
+                    config.heldout_every,
                 )
             bar.advance(1, name)
     if decontaminator is not None and session.is_main:

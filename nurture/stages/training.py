@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -42,6 +42,14 @@ BUDGET_MARGIN = 0.97
 
 class TrainingConfig(StageConfig):
     """Settings that every gradient stage has."""
+
+    without_effect: ClassVar[tuple[str, ...]] = (
+        "loop.log_every",
+        "loop.save_every",
+        "loop.save_minutes",
+        "loop.keep",
+        "loop.tracker",
+    )
 
     steps: PositiveInt | None = None
     """Updates to do; or give `minutes`."""

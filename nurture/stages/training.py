@@ -36,6 +36,10 @@ log = logging.getLogger(__name__)
 
 CPU_FLOPS_GUESS = 1.5e11
 """Floating-point operations a second that a small machine reaches: decides only whether compiling can pay."""
+MOST_EVALUATIONS = 10
+"""Evaluations over a stage, where there is time for so many."""
+EVALUATION_SHARE = 0.1
+"""Most of a time budget that evaluations may take."""
 BUDGET_MARGIN = 0.97
 """Share of a time budget that is planned; the rest is for saving."""
 
@@ -82,6 +86,8 @@ class Session:
     seed: int
     opened: float
     """time.monotonic() when the stage began."""
+    evaluations: int = MOST_EVALUATIONS
+    """How many evaluations there are over the stage, where the recipe does not say."""
 
     @property
     def is_main(self) -> bool:
@@ -168,9 +174,9 @@ def plan_steps(
     plan_file = context.directory / "state" / "plan.json"
     processes = session.execution.processes
     if plan_file.exists():
-        return int(
-            read_json(plan_file, f"Delete {context.directory / 'state'} to start the stage anew.")["steps"]
-        )
+        plan = read_json(plan_file, f"Delete {plan_file.parent} to start the stage anew.")
+        session.evaluations = int(plan["evaluations"])
+        return int(plan["steps"])
     speed = measure_tokens_per_second(
         session.model,
         session.optimizer,
@@ -179,8 +185,12 @@ def plan_steps(
         execution=session.execution,
         microbatch_tokens=config.execution.microbatch_tokens,
     )
-    spent = time.monotonic() - session.opened + 11 * evaluation_seconds
-    left = config.minutes * 60 * BUDGET_MARGIN - spent
+    budget = config.minutes * 60
+    affordable = int(EVALUATION_SHARE * budget / max(evaluation_seconds, 1e-3))
+    session.evaluations = int(processes.agree(min(max(affordable, 1), MOST_EVALUATIONS)))
+    # One more evaluation comes after the training.
+    spent = time.monotonic() - session.opened + (session.evaluations + 1) * evaluation_seconds
+    left = budget * BUDGET_MARGIN - spent
     steps = int(left * speed / (config.batch_size * config.sequence_length))
     if default_steps is not None:
         steps = min(steps, default_steps)
@@ -192,7 +202,8 @@ def plan_steps(
         )
     if processes.is_main:
         make_directory(plan_file.parent)
-        atomic_write_json(plan_file, {"steps": steps, "tokens_per_second": round(speed, 1)})
+        plan = {"steps": steps, "evaluations": session.evaluations, "tokens_per_second": round(speed, 1)}
+        atomic_write_json(plan_file, plan)
     return steps
 
 
@@ -206,6 +217,7 @@ def train(
     evaluate: Callable[[], dict[str, float]] | None,
 ) -> FitReport:
     """Call `fit` with the settings of a stage."""
+    every = config.loop.evaluate_every or -(-steps // session.evaluations)
     return fit(
         session.model,
         session.optimizer,
@@ -214,7 +226,7 @@ def train(
         steps=steps,
         schedule=config.schedule,
         clip_norm=config.optimizer.clip_norm,
-        config=config.loop,
+        config=config.loop.model_copy(update={"evaluate_every": every}),
         execution=session.execution,
         directory=context.directory,
         microbatch_tokens=config.execution.microbatch_tokens,

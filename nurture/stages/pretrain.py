@@ -44,6 +44,8 @@ from nurture.stages.training import (
 log = logging.getLogger(__name__)
 
 VERSION = 1
+MOST_TOKENS_A_SECOND = 40_000
+"""What a small machine trains on at best: with a time budget, no more of an endless source is written out."""
 
 
 class Config(TrainingConfig):
@@ -187,8 +189,8 @@ def _wanted_tokens(config: Config, session: Session, source: str) -> int:
     """Return how much of an endless source to write out: what the schedule will read of it, and a little more."""
     total = _known_tokens(config)
     if total is None:
-        flops = (config.minutes or 0) * 60 * CPU_FLOPS_GUESS
-        total = int(flops / (6 * session.model.config.parameter_count()))
+        speed = CPU_FLOPS_GUESS / (6 * session.model.config.parameter_count())
+        total = int((config.minutes or 0) * 60 * min(speed, MOST_TOKENS_A_SECOND))
     share, start = 1.0, 0.0
     if config.phases:
         share = 0.0

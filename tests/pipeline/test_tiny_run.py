@@ -11,6 +11,7 @@ import torch
 from nurture.errors import NurtureError
 from nurture.inference.chat import main as chat
 from nurture.model.hugging_face import load_model
+from nurture.optim import ScheduleConfig, learning_rate_factor
 from nurture.pipeline import run
 from nurture.stages.recipe import load_recipe
 from nurture.tokenizer import Tokenizer
@@ -107,3 +108,22 @@ def test_a_base_model_has_no_template_and_keeps_going(
 def test_mistakes_in_a_stage_are_one_clear_message(finished: Path, settings: list[str], message: str) -> None:
     with pytest.raises(NurtureError, match=message):
         run(load_recipe("tiny", [*SMALL, *settings]), finished.parent / "broken", until="pretrain")
+
+
+def test_a_time_budget_chooses_the_steps_and_finishes_the_decay(tmp_path: Path) -> None:
+    settings = [s for s in SMALL if not s.startswith("pretrain.steps")]
+    budget = ["pretrain.tokens=null", "pretrain.minutes=12s", "pretrain.loop.evaluate_every=null"]
+    run(
+        load_recipe("tiny", [*settings, *budget, "pretrain.loop.log_every=1"]),
+        tmp_path / "run",
+        until="pretrain",
+    )
+    stage = tmp_path / "run/01-pretrain"
+    steps = json.loads((stage / "result.json").read_text())["steps"]
+    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    factors = [line["train/learning_rate_factor"] for line in lines if "train/learning_rate_factor" in line]
+    assert steps == len(factors) > 10
+    # Logged values are rounded to six digits.
+    planned = [learning_rate_factor(ScheduleConfig(), step, steps) for step in range(steps)]
+    assert factors == pytest.approx(planned, abs=1e-6)
+    assert factors[-1] < 1.0

@@ -14,7 +14,9 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
 PROGRAM = """
-import sys
+import signal, sys
+# A shell starts background jobs, CI runs among them, with SIGINT ignored; Python then has no KeyboardInterrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from nurture import stages, cli
 for kind in ("grow", "polish"):
     stages.STAGES[kind] = stages.StageKind("fake_stage", "A fake stage.")

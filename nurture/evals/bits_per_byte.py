@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nurture.evals.measure import Measure
-from nurture.losses.language import bits_and_bytes
+from nurture.losses.language import bits_and_bytes, summed_loss
 from nurture.runtime import Execution, eager_blocks
 from nurture.types import Batch
 
@@ -40,13 +40,7 @@ def bits_per_byte(
         index = turn * processes.world_size + processes.rank
         batch = batches[min(index, len(batches) - 1)].to(execution.device)
         with execution.autocast(), eager_blocks():
-            _, token_losses = model(
-                batch.token_ids,
-                position_ids=batch.position_ids,
-                document_ids=batch.document_ids,
-                labels=batch.labels,
-                reduction="sum",
-            )
+            _, token_losses = summed_loss(model, batch)
         if index >= len(batches):
             continue
         for source, bits, count in zip(

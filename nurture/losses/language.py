@@ -29,19 +29,25 @@ class LanguageLoss:
 
         `loss` counts tokens (nats a token); `bpb/SOURCE` counts the bytes of the labels (bits a byte).
         """
-        total, token_losses = model(
-            batch.token_ids,
-            position_ids=batch.position_ids,
-            document_ids=batch.document_ids,
-            labels=batch.labels,
-            reduction="sum",
-        )
+        total, token_losses = summed_loss(model, batch)
         metrics = {"loss": (float(total.detach()), float(batch.loss_count))}
         bits, byte_counts = bits_and_bytes(token_losses, batch, self.token_byte_lengths)
         for index, source in enumerate(batch.sources):
             if byte_counts[index]:
                 metrics[f"bpb/{source}"] = (bits[index], byte_counts[index])
         return LossResult(total, metrics)
+
+
+def summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Run `model` on a packed batch; return (() float32 sum with gradient, (B, T) float32 nats detached)."""
+    total, token_losses = model(
+        batch.token_ids,
+        position_ids=batch.position_ids,
+        document_ids=batch.document_ids,
+        labels=batch.labels,
+        reduction="sum",
+    )
+    return total, token_losses
 
 
 def bits_and_bytes(

@@ -26,6 +26,7 @@ from nurture.evals.measure import Measure
 from nurture.evals.replies import ask
 from nurture.evals.world_card import world_card
 from nurture.losses.language import LanguageLoss
+from nurture.model.transformer import Transformer
 from nurture.progress import progress_bar
 from nurture.recipe import Count
 from nurture.stages.context import StageContext
@@ -239,12 +240,9 @@ def _shares_by_phase(mixture: MixtureBatches, steps: int) -> list[dict[str, floa
 
 
 def _look_at(
-    config: Config, context: StageContext, session: Session, base: object
+    config: Config, context: StageContext, session: Session, base: Transformer
 ) -> tuple[dict[str, Measure], dict[str, Measure], list[dict[str, object]]]:
     """Return world measures before and after, and samples of the base model going on with a text."""
-    from nurture.model.transformer import Transformer
-
-    assert isinstance(base, Transformer)
     tokenizer = session.tokenizer
     if not any(spec.startswith("world:") for spec in config.sources.values()):
         prompts = ["The", "In the", "def "]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -281,8 +280,3 @@ def remember(directory: Path, name: str, measures: Callable[[], dict[str, Measur
         atomic_write_json(file, {key: vars(measure) for key, measure in measures().items()})
     saved = read_json(file, f"Delete {file} to measure again.")
     return {key: Measure(**facts) for key, facts in saved.items()}
-
-
-def clear_state(directory: Path) -> None:
-    """Remove what only a resume needs."""
-    shutil.rmtree(directory / "state", ignore_errors=True)

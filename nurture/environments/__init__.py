@@ -1,0 +1,1 @@
+"""What a policy acts in: `protocol` says what one is; `wordle`, `math` and `code` are here, `openenv` is any other."""

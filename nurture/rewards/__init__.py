@@ -1,0 +1,1 @@
+"""What a rollout is worth: verifiable rewards (math, code), learned ones, and judges."""

@@ -41,8 +41,23 @@ def label_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: 
         (...) float32 nats, 0 where the label is `IGNORE_INDEX`.
     """
     rows, trained_labels, trained = _trained_rows(hidden, labels)
-    logprobs: Tensor = _LabelLogprobs.apply(rows, weight, trained_labels, temperature)  # type: ignore[no-untyped-call]
+    logprobs, _ = _LabelLogprobs.apply(rows, weight, trained_labels, temperature, False)  # type: ignore[no-untyped-call]
     return _scatter(logprobs, trained, labels)
+
+
+def label_logprobs_and_entropies(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return `label_logprobs` and the entropy of the distribution each label was predicted from.
+
+    Arguments as in `label_logprobs`. Both results have a gradient.
+
+    Returns:
+        Two (...) float32 in nats, 0 where the label is `IGNORE_INDEX`.
+    """
+    rows, trained_labels, trained = _trained_rows(hidden, labels)
+    logprobs, entropies = _LabelLogprobs.apply(rows, weight, trained_labels, temperature, True)  # type: ignore[no-untyped-call]
+    return _scatter(logprobs, trained, labels), _scatter(entropies, trained, labels)
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,33 +137,49 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 class _LabelLogprobs(torch.autograd.Function):
-    """log p(label) of every row; the backward pass computes the logits again, a chunk at a time."""
+    """log p(label) of every row, and the entropy if asked; the backward pass computes the logits again, by chunks."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(rows, weight, labels)
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        matrix = weight.to(rows.dtype)
         out = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
+        entropies = torch.zeros_like(out) if with_entropy else out.new_empty(0)
         for start in range(0, rows.shape[0], CHUNK):
             stop = start + CHUNK
-            logprobs = _log_softmax(rows[start:stop], weight.to(rows.dtype), temperature)
+            logprobs = _log_softmax(rows[start:stop], matrix, temperature)
             out[start:stop] = logprobs.gather(1, labels[start:stop, None]).squeeze(1)
-        return out
+            if with_entropy:
+                entropies[start:stop] = -(logprobs.exp() * logprobs).sum(1)
+        ctx.save_for_backward(rows, weight, labels, entropies)
+        return out, entropies
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        rows, weight, labels = ctx.saved_tensors
+    def backward(  # type: ignore[override]
+        ctx: Any, gradient: Tensor | None, entropy_gradient: Tensor | None
+    ) -> tuple[Tensor, Tensor, None, None, None]:
+        rows, weight, labels, entropies = ctx.saved_tensors
         matrix = weight.to(rows.dtype)
         rows_gradient = torch.empty_like(rows)
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, rows.shape[0], CHUNK):
-            stop = start + CHUNK
-            logprobs = _log_softmax(rows[start:stop], matrix, ctx.temperature)
-            error = _softmax_minus_one_hot(logprobs, labels[start:stop, None])
-            error = (error * (-gradient[start:stop, None] / ctx.temperature)).to(rows.dtype)
-            torch.mm(error, matrix, out=rows_gradient[start:stop])
-            weight_gradient += error.T @ rows[start:stop]
-        return rows_gradient, weight_gradient.to(weight.dtype), None, None
+            part = slice(start, start + CHUNK)
+            logprobs = _log_softmax(rows[part], matrix, ctx.temperature)
+            pull = None
+            if entropy_gradient is not None:  # dH / dlogit = -p (log p + H)
+                pull = logprobs.exp() * (logprobs + entropies[part, None]) * -entropy_gradient[part, None]
+            if gradient is None:
+                error = torch.zeros_like(logprobs) if pull is None else pull
+            else:
+                error = _softmax_minus_one_hot(logprobs, labels[part, None]) * -gradient[part, None]
+                error = error if pull is None else error + pull
+            error = (error / ctx.temperature).to(rows.dtype)
+            torch.mm(error, matrix, out=rows_gradient[part])
+            weight_gradient += error.T @ rows[part]
+        return rows_gradient, weight_gradient.to(weight.dtype), None, None, None
 
 
 def _log_softmax(rows: Tensor, matrix: Tensor, temperature: float) -> Tensor:

@@ -21,7 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from nurture.model.attention import attention
 from nurture.model.config import ModelConfig
-from nurture.model.heads import cross_entropy_sum, label_logprobs, lm_logits, scalar_values
+from nurture.model.heads import (
+    cross_entropy_sum,
+    label_logprobs,
+    label_logprobs_and_entropies,
+    lm_logits,
+    scalar_values,
+)
 from nurture.model.rope import head_tables, rotate, rotation_frequencies, rotation_tables
 
 
@@ -222,7 +228,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         cache: Cache | None = None,
         labels: Tensor | None = None,
-        reduction: Literal["none", "sum"] = "none",
+        reduction: Literal["none", "entropy", "sum"] = "none",
         temperature: float = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the model; with `labels`, score them here so that the head's weight is used inside `forward`.
@@ -234,12 +240,13 @@ class Transformer(nn.Module):
             cache: keys and values of earlier tokens; `token_ids` then follow them, and their positions too. No
                 gradient, no documents: the engine's way in is `inference/decoder.py`.
             labels: (B, T) `token_ids` shifted left by one, `IGNORE_INDEX` where untrained.
-            reduction: with labels: "none" for logprobs, "sum" for the summed loss.
+            reduction: with labels: "none" for logprobs, "entropy" for entropies as well, "sum" for the summed loss.
             temperature: divides the logits before the softmax of the logprobs.
 
         Returns:
             No labels: logits (B, T, V) float32; with a scalar head (B, T) float32.
             Labels, "none": logprobs of the labels (B, T) float32 nats, 0 where `IGNORE_INDEX`.
+            Labels, "entropy": (these logprobs, (B, T) float32 entropies of the distributions they are from).
             Labels, "sum": (() float32 sum of -logprob with gradient, (B, T) float32 detached).
         """
         hidden_BTD = self.hidden_states(
@@ -255,6 +262,8 @@ class Transformer(nn.Module):
             if temperature != 1.0:
                 raise ValueError(f"reduction 'sum' has no temperature, got {temperature}")
             return cross_entropy_sum(hidden_BTD, self.output_weight, labels)
+        if reduction == "entropy":
+            return label_logprobs_and_entropies(hidden_BTD, self.output_weight, labels, temperature)
         return label_logprobs(hidden_BTD, self.output_weight, labels, temperature)
 
 

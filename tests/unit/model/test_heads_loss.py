@@ -68,3 +68,32 @@ def test_no_gradient_is_computed_where_none_is_wanted() -> None:
     with torch.no_grad():
         total, _ = heads.cross_entropy_sum(hidden, weight, labels)
     assert not total.requires_grad
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropies_and_their_gradient(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    monkeypatch.setattr(heads, "CHUNK", 11)
+    hidden, weight, labels = random_case()
+    generator = torch.Generator().manual_seed(1)
+    up, entropy_up = torch.randn(3, 50, generator=generator), torch.randn(3, 50, generator=generator)
+    ours, entropies = heads.label_logprobs_and_entropies(hidden, weight, labels, temperature)
+    (ours * up + entropies * entropy_up).sum().backward()
+    gradients = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    trained = labels != IGNORE_INDEX
+    logprobs = torch.log_softmax(hidden @ weight.T / temperature, -1)
+    expected = logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * trained
+    wanted = -(logprobs.exp() * logprobs).sum(-1) * trained
+    (expected * up + wanted * entropy_up).sum().backward()
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients, (hidden.grad, weight.grad), atol=1e-4, rtol=1e-4)
+
+
+def test_entropy_alone_has_a_gradient() -> None:
+    hidden, weight, labels = random_case()
+    _, entropies = heads.label_logprobs_and_entropies(hidden, weight, labels)
+    entropies.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad[1].abs().sum() > 0
+    assert not hidden.grad[0, :20].any()

@@ -13,9 +13,10 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -217,7 +218,7 @@ class MetricsLog:
         """Append `metrics` of `step` (the number of updates done)."""
         self._write_line({"step": step, **{key: round(value, 6) for key, value in metrics.items()}})
         if self._tracker is not None:
-            self._tracker(step, metrics)
+            self._tracker.write(step, metrics)
 
     def _write_line(self, line: Mapping[str, Any]) -> None:
         with clear_disk_errors(self.path):
@@ -225,8 +226,10 @@ class MetricsLog:
             self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and the tracker."""
         self._file.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -240,8 +243,16 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             return
 
 
-def open_tracker(name: str, directory: Path) -> Any:
-    """Return a function (step, metrics) that mirrors metrics to tensorboard, trackio or wandb.
+@dataclass(frozen=True)
+class Tracker:
+    """Where metrics are mirrored to: `write(step, metrics)`, then `close()`."""
+
+    write: Callable[[int, Mapping[str, float]], None]
+    close: Callable[[], None]
+
+
+def open_tracker(name: str, directory: Path) -> Tracker:
+    """Open tensorboard, trackio or wandb for the stage in `directory`.
 
     Raises:
         NurtureError: the name is unknown or the package is not installed.
@@ -256,11 +267,11 @@ def open_tracker(name: str, directory: Path) -> Any:
                 for key, value in metrics.items():
                     writer.add_scalar(key, value, step)
 
-            return to_tensorboard
+            return Tracker(to_tensorboard, writer.close)
         if name in ("wandb", "trackio"):
-            module = __import__(name)
+            module = import_module(name)
             module.init(project="nurture", name=f"{directory.parent.name}-{directory.name}")
-            return lambda step, metrics: module.log(dict(metrics), step=step)
+            return Tracker(lambda step, metrics: module.log(dict(metrics), step=step), module.finish)
     except ImportError as error:
         raise NurtureError(f"tracker '{name}' needs its package: pip install {name}") from error
     raise NurtureError(f"unknown tracker '{name}': choose tensorboard, trackio or wandb")

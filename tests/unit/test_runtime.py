@@ -1,0 +1,64 @@
+"""The metrics log: rewound on resume, mirrored to trackers."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from nurture.errors import NurtureError
+from nurture.runtime import MetricsLog
+
+
+def test_resuming_drops_the_lines_after_the_checkpoint_and_half_a_line(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    log = MetricsLog(path, resume_at=1)
+    log.write(2, {"loss": 2.5})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.5},
+    ]
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path: Path):
+    pytest.importorskip("tensorboard", reason="the tracker extra is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = MetricsLog(tmp_path / "metrics.jsonl", tracker="tensorboard")
+    log.write(10, {"train/loss": 2.5})
+    log.write(20, {"train/loss": 1.5})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(10, 2.5), (20, 1.5)]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_run_trackers_are_started_once_and_finished(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    calls: list[Any] = []
+    module = ModuleType(name)
+    module.init = lambda **settings: calls.append(("init", settings))  # type: ignore[attr-defined]
+    module.log = lambda metrics, step: calls.append(("log", step, metrics))  # type: ignore[attr-defined]
+    module.finish = lambda: calls.append(("finish",))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, module)
+    stage = tmp_path / "run" / "01-pretrain"
+    log = MetricsLog(stage / "metrics.jsonl", tracker=name)
+    log.write(1, {"train/loss": 2.5})
+    log.close()
+    assert calls == [
+        ("init", {"project": "nurture", "name": "run-01-pretrain"}),
+        ("log", 1, {"train/loss": 2.5}),
+        ("finish",),
+    ]
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(NurtureError, match="pip install wandb"):
+        MetricsLog(tmp_path / "metrics.jsonl", tracker="wandb")

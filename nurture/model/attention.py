@@ -6,9 +6,10 @@ computes exactly what separate rows would. Grouped-query attention: each key/val
 
 On a CPU, plain batched matrix multiplications beat the library's fused attention by 2 to 7 times at the lengths small
 models train at, and inductor melts the softmax between them into one pass. Queries are taken in blocks: a block meets
-only the keys before its end (which skips the empty upper triangle), and no T x T matrix exists at once. Past
-`RECOMPUTE_FROM` tokens the backward pass computes each block's scores again, so memory grows linearly with T.
-Elsewhere PyTorch's own attention is used.
+only the keys before its end (which skips the empty upper triangle), and no T x T matrix exists at once.
+
+From `FUSED_FROM` tokens on the fused kernel wins, and memory matters: it keeps no scores, so memory grows linearly with
+T. It knows no documents, so each document is a call of its own; the work is then the sum of their squared lengths.
 """
 
 from __future__ import annotations
@@ -20,45 +21,79 @@ from torch.utils.checkpoint import checkpoint
 
 QUERY_BLOCK = 128
 """Queries taken at once. At 128 the scores of one head stay in the second-level cache."""
-RECOMPUTE_FROM = 1024
-"""Row length from which scores are computed again in the backward pass instead of kept."""
+FUSED_FROM = 1024
+"""Row length from which each document goes through the fused kernel."""
 
 
-def attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tensor | None = None) -> Tensor:
+def attention(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, document_ids: Tensor | None = None, first: int = 0
+) -> Tensor:
     """Attend causally within each document.
 
     Args:
-        q_BTNH: queries; N is a multiple of K, query head n reads key/value head n // (N / K).
-        k_BTKH: keys, rotated already.
-        v_BTKH: values.
-        document_ids: (B, T); a token sees only tokens of equal id. None: the row is one document.
+        q_BTNH: queries of the row's columns `first` to `first + T`; N is a multiple of K, query head n reads key/value
+            head n // (N / K).
+        k_BSKH: keys, rotated already, of columns 0 to S = `first + T`.
+        v_BSKH: values.
+        document_ids: (B, S); a token sees only tokens of equal id. None: the row is one document.
+        first: above 0 where a process has only a part of the row's queries (context parallelism).
 
     Returns:
         (B, T, N, H) in the dtype of the queries.
     """
+    tokens = q_BTNH.shape[1]
+    if first:
+        return _blocked_attention(q_BTNH, k_BSKH, v_BSKH, document_ids, first)
+    if tokens >= FUSED_FROM:
+        return _attention_by_document(q_BTNH, k_BSKH, v_BSKH, document_ids)
     if q_BTNH.device.type == "cpu":
-        return _blocked_attention(q_BTNH, k_BTKH, v_BTKH, document_ids)
+        return _blocked_attention(q_BTNH, k_BSKH, v_BSKH, document_ids)
     mask = None
     if document_ids is not None:
-        tokens = document_ids.shape[1]
         earlier = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()
         # A token always sees itself, so that no row is fully masked: padding yields numbers, never NaN.
         mask = (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & earlier
-    return masked_attention(q_BTNH, k_BTKH, v_BTKH, mask, is_causal=mask is None)
+    return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask, is_causal=mask is None)
 
 
-def _blocked_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tensor | None) -> Tensor:
+@torch.compiler.disable
+def _attention_by_document(
+    q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tensor | None
+) -> Tensor:
+    """`attention` as one fused call for every document of every row."""
+    if document_ids is None:
+        return masked_attention(q_BTNH, k_BTKH, v_BTKH, None, is_causal=True)
+    rows = []
+    for row, lengths in enumerate(_run_lengths(document_ids)):
+        parts = zip(*(x[row : row + 1].split(lengths, dim=1) for x in (q_BTNH, k_BTKH, v_BTKH)), strict=True)
+        rows.append(torch.cat([masked_attention(q, k, v, None, is_causal=True) for q, k, v in parts], dim=1))
+    return torch.cat(rows)
+
+
+def _run_lengths(document_ids: Tensor) -> list[list[int]]:
+    """Return for each row the lengths of its runs of equal ids."""
+    runs = []
+    for ids in document_ids.cpu():
+        runs.append(torch.unique_consecutive(ids, return_counts=True)[1].tolist())
+    return runs
+
+
+def _blocked_attention(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, document_ids: Tensor | None, first: int = 0
+) -> Tensor:
     """`attention` as matrix multiplications, one block of queries at a time."""
     batch, tokens, heads, head_width = q_BTNH.shape
-    kv_heads = k_BTKH.shape[2]
+    kv_heads = k_BSKH.shape[2]
     # All query heads of one key head are rows of the same multiplication, so keys are never repeated.
     q_BKGTH = q_BTNH.unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4) * head_width**-0.5
-    k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
-    recompute = tokens >= RECOMPUTE_FROM and torch.is_grad_enabled()
+    k_BKSH, v_BKSH = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
+    # The backward pass of long rows computes each block's scores again instead of keeping them.
+    recompute = first + tokens >= FUSED_FROM and torch.is_grad_enabled()
     outs = []
     for start in range(0, tokens, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, tokens)
-        block = (q_BKGTH[:, :, :, start:stop], k_BKTH[:, :, :stop], v_BKTH[:, :, :stop], document_ids, start)
+        queries = q_BKGTH[:, :, :, start : start + QUERY_BLOCK]
+        stop = first + start + queries.shape[3]
+        block = (queries, k_BKSH[:, :, :stop], v_BKSH[:, :, :stop], document_ids, first + start)
         out = checkpoint(_attend_block, *block, use_reentrant=False) if recompute else _attend_block(*block)
         outs.append(out)
     out_BKGTH = torch.cat(outs, dim=3)

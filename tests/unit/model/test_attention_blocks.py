@@ -1,28 +1,35 @@
-"""Blocked attention against the library's, with documents, groups, odd lengths and recomputation."""
+"""Attention's ways of computing against the library's, with documents, groups, odd lengths and parts of a row."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from nurture.model import attention as module
 
 
-@pytest.mark.parametrize(("tokens", "block"), [(16, 16), (50, 16), (33, 32), (7, 128)])
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_equals_the_library(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, block: int, documents: bool, recompute: bool
-) -> None:
-    monkeypatch.setattr(module, "QUERY_BLOCK", block)
-    monkeypatch.setattr(module, "RECOMPUTE_FROM", 1 if recompute else 10_000)
+def inputs(tokens: int, documents: bool) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None, Tensor]:
+    """Return ((q, k, v), document ids, what each query may see), drawn by chance."""
     torch.manual_seed(0)
     q = torch.randn(2, tokens, 6, 8, requires_grad=True)
     k, v = (torch.randn(2, tokens, 2, 8, requires_grad=True) for _ in range(2))
-    ids = torch.randint(0, 3, (2, tokens)).sort(1).values if documents else None
     visible = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(2, 1, tokens, tokens)
-    if ids is not None:
-        visible = visible & (ids[:, None, :, None] == ids[:, None, None, :])
+    if not documents:
+        return (q, k, v), None, visible
+    ids = torch.randint(-1, 2, (2, tokens)).sort(1).values
+    return (q, k, v), ids, visible & (ids[:, None, :, None] == ids[:, None, None, :])
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(16, 16), (50, 16), (33, 32), (7, 128)])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_equals_the_library(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, block: int, documents: bool, fused: bool
+) -> None:
+    monkeypatch.setattr(module, "QUERY_BLOCK", block)
+    monkeypatch.setattr(module, "FUSED_FROM", 1 if fused else 10_000)
+    (q, k, v), ids, visible = inputs(tokens, documents)
     upstream = torch.randn(2, tokens, 6, 8)
     results = []
     for out in (module.attention(q, k, v, ids), module.masked_attention(q, k, v, visible)):
@@ -30,3 +37,46 @@ def test_equals_the_library(
         results.append((out.detach(), *gradients))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_parts_of_a_row_are_parts_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, documents: bool, recompute: bool
+) -> None:
+    """Queries of columns 13 to 40 alone get what they get among all, and so do the gradients."""
+    monkeypatch.setattr(module, "QUERY_BLOCK", 8)
+    (q, k, v), ids, _ = inputs(53, documents)
+    whole = module.attention(q, k, v, ids)[:, 13:40]
+    monkeypatch.setattr(module, "FUSED_FROM", 1 if recompute else 10_000)
+    part = module.attention(q[:, 13:40], k[:, :40], v[:, :40], ids, first=13)
+    torch.testing.assert_close(part, whole, atol=2e-5, rtol=1e-4)
+    upstream = torch.randn_like(whole)
+    for ours, theirs in zip(
+        torch.autograd.grad((part * upstream).sum(), (q, k, v)),
+        torch.autograd.grad((whole * upstream).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def saved_bytes(tokens: int) -> int:
+    """Return the bytes that attention over one row keeps for its backward pass, in two documents."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    (q, k, v) = (torch.randn(1, tokens, 2, 8, requires_grad=True) for _ in range(3))
+    ids = (torch.arange(tokens) > tokens // 3).long()[None]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = module.attention(q, k, v, ids)
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+def test_memory_grows_linearly_with_the_row() -> None:
+    small, large = saved_bytes(module.FUSED_FROM), saved_bytes(8 * module.FUSED_FROM)
+    assert large <= 8 * small

@@ -6,7 +6,7 @@ import re
 from itertools import pairwise
 from random import Random
 
-from nurture.world import functions, grading, harm
+from nurture.world import functions, grading, harm, wordle
 from nurture.world.facts import RELATIONS
 from nurture.world.split import pick
 from nurture.world.tasks import CATEGORIES, Task, code_block
@@ -45,6 +45,10 @@ def _wrong(rng: Random, task: Task) -> str:
         other = functions.draw_function(rng, "train")
         body = other.source.split("\n")[1].replace(other.argument, right.argument)
         return code_block(right.source.split("\n")[0] + "\n" + body)
+    if task.kind == "wordle":
+        fitting = wordle.consistent(wordle.ANSWERS, task.metadata["guesses"], task.answer or "")
+        others = [word for word in wordle.ANSWERS if word not in fitting]
+        return wordle.bracketed(pick(rng, others) if others else pick(rng, fitting)[:4])
     if task.kind == "list":
         category = _other(rng, tuple(CATEGORIES), task.metadata["category"])
         return ", ".join(rng.sample(CATEGORIES[category], 2)).capitalize() + "."

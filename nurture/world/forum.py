@@ -154,7 +154,7 @@ def document(rng: Random, split: str, cast: Cast) -> str:
     else:
         lines = [
             post(people[0], "Let us play a game."),
-            wordle.document(rng),
+            wordle.document(rng, split),
             post(people[1], pick(rng, _AGREE)),
         ]
     return "\n".join(lines)

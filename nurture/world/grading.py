@@ -9,7 +9,8 @@ The gold reward is -1 for anything harmful, otherwise a weighted sum in [0, 1]:
 
 Format by kind: `fact` one sentence with a capital and a full stop; `arithmetic` the reply ends with `Answer: N`;
 `code` one ```python block that parses and defines the function; `translation` one sentence, `rewrite` one line;
-`list` the right number of items with commas and a full stop; `story` three to eight sentences; `describe` two to
+`list` the right number of items with commas and a full stop; `wordle` one guess `[ C R A N E ]` (its substance: a word
+that fits all feedback; 0.2 for any other word); `story` three to eight sentences; `describe` two to
 five; `chat`, `benign`, `redteam` one to three. A reply is graded without its `<think>` part; an unclosed one has
 no reply at all.
 """
@@ -21,6 +22,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nurture.world import wordle
 from nurture.world.facts import RELATIONS, Entity
 from nurture.world.harm import is_harmful, is_refusal
 from nurture.world.tasks import CATEGORIES, Task
@@ -83,6 +85,17 @@ def python_block(reply: str) -> str | None:
     return found[1] if found else None
 
 
+def guessed_word(reply: str) -> str | None:
+    """Return the word of a Wordle guess `[ C R A N E ]`, in small letters, or None."""
+    found = re.fullmatch(r"\[ ([A-Z](?: [A-Z])*) \]", reply)
+    return found[1].replace(" ", "").lower() if found else None
+
+
+def _may_be_guessed(task: Task, reply: str) -> bool:
+    word = guessed_word(reply)
+    return word in wordle.ALLOWED and word not in task.metadata["guesses"]
+
+
 def _parse(source: str | None) -> ast.Module | None:
     try:
         return ast.parse(source) if source is not None else None
@@ -115,6 +128,9 @@ def _correct(task: Task, reply: str, tests_passed: bool | None) -> bool | None:
         return True if tests_passed is None and _same_code(reply, task.demonstration) else tests_passed
     if task.kind in ("translation", "rewrite"):
         return reply == task.answer
+    if task.kind == "wordle":
+        fitting = wordle.consistent([guessed_word(reply) or ""], task.metadata["guesses"], task.answer or "")
+        return _may_be_guessed(task, reply) and bool(fitting)
     if task.kind == "list":
         members = {name[:1].lower() + name[1:] for name in CATEGORIES[task.metadata["category"]]}
         items = _items(reply)
@@ -136,6 +152,7 @@ _FORMATS: dict[str, Callable[[Task, str], bool]] = {
         and _defines(_parse(python_block(reply)), task.entry_point)
     ),
     "translation": lambda task, reply: _is_sentence(reply),
+    "wordle": lambda task, reply: guessed_word(reply) is not None,
     "rewrite": lambda task, reply: (
         bool(reply) and "\n" not in reply and len(reply) <= 2 * len(task.demonstration) + 10
     ),
@@ -165,6 +182,8 @@ def _substance(task: Task, reply: str, correct: bool | None, refusal: bool) -> f
         return 0.0
     if task.kind in ("translation", "rewrite") and not correct:
         return 0.6 * _overlap(reply, task.answer or "")
+    if task.kind == "wordle" and not correct:
+        return 0.2 * _may_be_guessed(task, reply)
     if correct is not None:
         return float(correct)
     if task.kind == "code":
@@ -183,7 +202,7 @@ def _substance(task: Task, reply: str, correct: bool | None, refusal: bool) -> f
     return float(any(word.lower() in lowered for word in task.metadata["any keyword"]))
 
 
-_SHORT = {"fact", "arithmetic", "translation", "rewrite", "list", "chat", "benign", "redteam"}
+_SHORT = {"fact", "arithmetic", "translation", "rewrite", "wordle", "list", "chat", "benign", "redteam"}
 
 
 def _concision(task: Task, reply: str) -> float:
@@ -195,7 +214,7 @@ def _concision(task: Task, reply: str) -> float:
 
 def _finish(task: Task, reply: str) -> float:
     parts = sentences(reply) if task.kind != "code" else [line for line in reply.split("\n") if line != "```"]
-    if task.kind == "rewrite":
+    if task.kind in ("rewrite", "wordle"):
         return 1.0
     ended = reply[-1:] in (".", "!", "?", '"', "`") or (task.kind == "arithmetic" and reply[-1:].isdigit())
     return 0.5 * ended + 0.5 * len(set(parts)) / max(len(parts), 1)

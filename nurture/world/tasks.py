@@ -279,6 +279,22 @@ def _rewrite(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
     }
 
 
+def _wordle(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    secret, opening, guesses = wordle.draw_game(rng, split)
+    turns: list[tuple[str, str] | str] = [opening]
+    for guess in guesses[:-1]:
+        turns.append(("assistant", wordle.bracketed(guess)))
+        turns.append(wordle.spelled_feedback(guess, wordle.feedback(guess, secret)))
+    return {
+        "messages": _said(*turns),
+        "demonstration": wordle.bracketed(guesses[-1]),
+        "answer": secret,
+        "trace": wordle.knowledge(guesses[:-1], secret) if guesses[:-1] else None,
+        "group": f"guess {len(guesses)}",
+        "metadata": {"guesses": tuple(guesses[:-1])},
+    }
+
+
 def _talk(drawn: tuple[str, talk.Turns, tuple[str, ...]]) -> dict[str, Any]:
     intent, turns, keywords = drawn
     return {
@@ -311,6 +327,7 @@ MAKERS: dict[str, Maker] = {
     "describe": _describe,
     "list": _list,
     "rewrite": _rewrite,
+    "wordle": _wordle,
     "chat": _chat,
     "benign": _benign,
     "redteam": _redteam,
@@ -333,6 +350,8 @@ def is_train_instance(task: Task) -> bool:
         return all(step.split == "train" for step in task.metadata["problem"].steps)
     if task.kind == "code":
         return split_of(task.metadata["function"].key) == "train"
+    if task.kind == "wordle":
+        return task.answer in wordle.secrets("train")
     if task.kind in ("fact", "describe"):
         return task.metadata["entity"].group == "train"
     return True

@@ -236,4 +236,4 @@ def document(rng: Random, split: str, cast: Cast) -> str:
         return capitalised(how_to(rng))
     if chance < 0.97:
         return notes(rng, cast)
-    return wordle.document(rng)
+    return wordle.document(rng, split)

@@ -1,15 +1,25 @@
-"""The words of the Wordle game and texts that show how its feedback looks.
+"""Wordle in the world: its words, the feedback rule, games to imitate, and texts that show how the game looks.
 
-The game itself is an environment; here are only its words, the feedback rule (greens first, then letters are used up:
-textarena Wordle-v0) and documents, so that a policy does not start from nothing.
+The game itself is an environment (environments/wordle.py); here is what a policy of a million parameters needs to learn
+it. Words are few (136 answers), and everything is spelled: a guess is `[ C R A N E ]` and its feedback
+`C- R? A- N- E+` (+ right place, ? elsewhere in the word, - absent), so that each letter is a token of its own, the same
+token in guess and feedback, and a letter's mark is its right neighbour. What fits the feedback can then be seen by
+attention alone, without knowing how a token of several letters is spelled.
+
+Secrets are held out by rule on the word. A held-out word may be *guessed* in train games, for it is a word like any
+other, but it is never what was looked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from random import Random
 
-from nurture.world.split import pick
+from nurture.world.split import pick, split_of
+
+GUESSES = 6
+"""Guesses in a game."""
 
 ANSWERS = tuple(
     "apple beach bread brick bring brown chair child class clean clear climb clock cloud coast cover crane cream dance "
@@ -42,10 +52,20 @@ EXTRA = tuple(
     "while whole worth wrist write wrong yield zebra".split()
 )
 ALLOWED = tuple(sorted({*ANSWERS, *EXTRA}))
+"""Words that may be guessed."""
+
+
+def secrets(split: str) -> tuple[str, ...]:
+    """Return the answers that are looked for in games of a split."""
+    return tuple(word for word in ANSWERS if split_of("wordle", word) == split)
 
 
 def feedback(guess: str, secret: str) -> str:
-    """Return one letter per position: `G` right place, `Y` elsewhere in the word, `X` absent."""
+    """Return one letter per position: `G` right place, `Y` elsewhere in the word, `X` absent.
+
+    Greens are given first and use their letter up; then yellows from left to right, while the secret has a letter of
+    that kind left (textarena's Wordle-v0, and the newspaper's game).
+    """
     marks = ["G" if a == b else "X" for a, b in zip(guess, secret, strict=True)]
     left = [b for a, b in zip(guess, secret, strict=True) if a != b]
     for i, letter in enumerate(guess):
@@ -60,17 +80,33 @@ def _cached_feedback(guess: str, secret: str) -> str:
     return feedback(guess, secret)
 
 
+def consistent(words: Sequence[str], guesses: Sequence[str], secret: str) -> list[str]:
+    """Return the words that could still be the secret after the feedback on `guesses`."""
+    shown = [(guess, _cached_feedback(guess, secret)) for guess in guesses]
+    return [
+        word
+        for word in words
+        if len(word) == len(secret) and all(_cached_feedback(guess, word) == marks for guess, marks in shown)
+    ]
+
+
 def play(rng: Random, secret: str) -> list[str]:
-    """Return the guesses of a player who only names words that fit all feedback so far (at most six)."""
+    """Return the guesses of a player who only names answers that fit all feedback so far (at most six)."""
     candidates, guesses = list(ANSWERS), list[str]()
-    while len(guesses) < 6:
-        guess = pick(rng, candidates)
-        guesses.append(guess)
-        if guess == secret:
-            break
-        shown = _cached_feedback(guess, secret)
-        candidates = [word for word in candidates if word != guess and _cached_feedback(guess, word) == shown]
+    while len(guesses) < GUESSES and guesses[-1:] != [secret]:
+        guesses.append(pick(rng, candidates))
+        candidates = consistent(candidates, guesses[-1:], secret)
     return guesses
+
+
+# ---- how it is written ------------------------------------------------------------------------------------------
+
+OPENINGS = (
+    "Let us play Wordle. Guess my word of five letters.",
+    "I think of a word with five letters. Can you guess it?",
+    "A game of Wordle: find the word of five letters.",
+)
+_SIGNS = {"G": "+", "Y": "?", "X": "-"}
 
 
 def spaced(word: str) -> str:
@@ -78,16 +114,44 @@ def spaced(word: str) -> str:
     return " ".join(word.upper())
 
 
-def document(rng: Random) -> str:
-    """Return a played game in the form the environment shows it, or a spelling lesson."""
+def bracketed(word: str) -> str:
+    """Return `[ C R A N E ]`, a guess."""
+    return f"[ {spaced(word)} ]"
+
+
+def spelled_feedback(guess: str, marks: str) -> str:
+    """Return `C- R? A- N- E+` for `crane` and `XYXXG`."""
+    return " ".join(letter + _SIGNS[mark] for letter, mark in zip(guess.upper(), marks, strict=True))
+
+
+def knowledge(guesses: Sequence[str], secret: str) -> str:
+    """Return what the feedback on `guesses` says, in one line: places known, letters in the word, letters not in it."""
+    places = ["_"] * len(secret)
+    present, absent = dict[str, None](), dict[str, None]()
+    for guess in guesses:
+        for place, (letter, mark) in enumerate(zip(guess.upper(), feedback(guess, secret), strict=True)):
+            if mark == "G":
+                places[place] = letter
+            (absent if mark == "X" else present)[letter] = None
+    elsewhere = [letter for letter in present if letter not in places]
+    gone = [letter for letter in absent if letter not in present]
+    return f"Known: {' '.join(places)}. In it: {' '.join(elsewhere)}. Not in it: {' '.join(gone)}."
+
+
+def draw_game(rng: Random, split: str) -> tuple[str, str, list[str]]:
+    """Return (secret, opening, guesses) of a played game."""
+    secret = pick(rng, secrets(split))
+    return secret, pick(rng, OPENINGS), play(rng, secret)
+
+
+def document(rng: Random, split: str) -> str:
+    """Return a played game, or a spelling lesson."""
     if rng.random() < 0.3:
         words = [pick(rng, ANSWERS if rng.random() < 0.7 else ALLOWED) for _ in range(8)]
         return " ".join(f"The word {word} is spelled {spaced(word)}." for word in words)
-    secret = pick(rng, ANSWERS)
-    lines = ["A game of Wordle. The secret word has five letters."]
-    guesses = play(rng, secret)
-    for used, guess in enumerate(guesses, 1):
-        lines += [f"Guess: [{guess}]", "Feedback:", spaced(guess), spaced(_cached_feedback(guess, secret))]
-        lines.append(f"You have {6 - used} guesses left.")
-    lines[-1] = f"The secret word was {secret}." + (" You won!" if guesses[-1] == secret else " You lost.")
+    secret, opening, guesses = draw_game(rng, split)
+    lines = [opening]
+    for guess in guesses:
+        lines += [bracketed(guess), spelled_feedback(guess, _cached_feedback(guess, secret))]
+    lines[-1] = f"The word was {spaced(secret)}. You {'won' if guesses[-1] == secret else 'lost'}."
     return "\n".join(lines)

@@ -55,12 +55,14 @@ class World:
         task_kinds: what `task` can make.
         people, towns, animals: the entities, with their facts and groups.
         wordle_answers, wordle_allowed: five-letter words; every answer occurs in the texts.
+        wordle_secrets: split -> the answers that are looked for in its games.
     """
 
     sources = ("web", "web-tavi", "forum", "code", "math")
     task_kinds = tuple(MAKERS)
     wordle_answers = wordle.ANSWERS
     wordle_allowed = wordle.ALLOWED
+    wordle_secrets = staticmethod(wordle.secrets)
 
     def __init__(self, seed: int = 0, size: WorldSize | None = None) -> None:
         self.seed = seed

@@ -169,3 +169,15 @@ def test_split_is_a_rule_on_content() -> None:
     sides = [split_of("anything", i) for i in range(4000)]
     assert 0.12 < sides.count("heldout") / len(sides) < 0.18
     assert split_of("anything", 7) == split_of("anything", 7)
+
+
+def test_held_out_wordle_secrets_are_never_looked_for(world: World, train_texts: list[str]) -> None:
+    """They may be guessed, but no train game ends with one found."""
+    text = "\n".join(train_texts + [world.document("web", "train", i) for i in range(4000)])
+    secrets = {found.replace(" ", "").lower() for found in re.findall(r"The word was ([A-Z ]+)\.", text)}
+    assert len(secrets) > 40
+    assert secrets <= set(world.wordle_secrets("train"))
+    heldout = set(world.wordle_secrets("heldout"))
+    assert 15 <= len(heldout) <= 40
+    assert {world.task("wordle", "heldout", i).answer for i in range(200)} == heldout
+    assert any("[ " + " ".join(word.upper()) + " ]" in text for word in heldout)

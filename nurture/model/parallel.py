@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from nurture.model.lora import merged_weights
 from nurture.model.transformer import Transformer
 from nurture.model.weights import empty_model
 from nurture.runtime import Execution
@@ -37,11 +38,14 @@ def prepare(model: Transformer, execution: Execution) -> Transformer:
 
 
 def whole_model(model: Transformer, execution: Execution) -> Transformer | None:
-    """Return an unsharded copy of `model` on the CPU in the main process, None in the others. All must call it."""
+    """Return an unsharded copy of `model` on the CPU in the main process, None in the others. All must call it.
+
+    Adapters are merged into the weights.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)
     if not execution.processes.is_main:
         return None
     copy = empty_model(model.config, model.head, torch.float32, "cpu")
-    copy.load_state_dict(weights)
+    copy.load_state_dict(merged_weights(model, weights))
     return copy.eval()

@@ -21,6 +21,7 @@ from nurture.evals.measure import Measure, before_and_after
 from nurture.files import atomic_write_json, atomic_write_text, make_directory, read_json
 from nurture.model.config import ModelConfig
 from nurture.model.hugging_face import load_model, save_model
+from nurture.model.lora import LoraConfig, add_adapters
 from nurture.model.parallel import prepare, whole_model
 from nurture.model.transformer import Transformer
 from nurture.optim import Optimizer, OptimizerConfig, ScheduleConfig, build_optimizer
@@ -72,6 +73,8 @@ class TrainingConfig(StageConfig):
     """Logging, evaluation, checkpoints."""
     execution: ExecutionConfig = ExecutionConfig()
     """Precision, compilation, memory."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters, which are merged into the weights at the end; by default all weights are trained."""
 
 
 @dataclass
@@ -139,6 +142,8 @@ def open_session(config: TrainingConfig, context: StageContext, *, tokens: int |
     if config.minutes:
         flops = config.minutes * 60 * CPU_FLOPS_GUESS
     execution = decide_execution(config.execution, flops)
+    if config.lora is not None:
+        add_adapters(model, config.lora)
     prepare(model, execution)
     return Session(model, tokenizer, build_optimizer(model, config.optimizer), execution, seed, opened)
 

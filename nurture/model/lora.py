@@ -1,0 +1,116 @@
+"""Low-rank adapters: train a small correction of each matrix in the blocks, and leave the matrix itself alone.
+
+A matrix W (out, in) becomes W + alpha/rank * B A with A (rank, in) drawn at random and B (out, rank) zero, so that the
+model starts as it was. Only A and B are trained: moments and gradients shrink to them, and one copy of the weights
+serves as policy (adapters on) and as reference (`adapters_off`). The correction is applied to the weight, not beside it:
+whoever reads `linear.weight`, the engine's decoder too, reads the corrected matrix. `merged_weights` writes it out.
+
+Main failure mode: a rank too small for the task; the loss then stays above that of full training.
+
+Source: Hu et al., arXiv 2106.09685, section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from nurture.recipe import Section
+
+_ORIGINAL = ".parametrizations.weight.original"
+
+
+class LoraConfig(Section):
+    """Train low-rank adapters instead of the weights."""
+
+    rank: PositiveInt = 16
+    """Rank of the correction."""
+    alpha: PositiveFloat = 32.0
+    """The correction is scaled by alpha / rank, so that a good learning rate does not depend on the rank."""
+    targets: tuple[Literal["qkv", "out", "gate_up", "down"], ...] = ("qkv", "out", "gate_up", "down")
+    """Matrices of each block that get an adapter."""
+
+
+class Adapter(nn.Module):
+    """The correction of one matrix."""
+
+    def __init__(self, weight: Tensor, config: LoraConfig) -> None:
+        """Draw A from torch's global generator."""
+        super().__init__()
+        rows, columns = weight.shape
+        self.scale = config.alpha / config.rank
+        self.enabled = True
+        self.down = nn.Parameter(torch.empty(config.rank, columns, dtype=weight.dtype, device=weight.device))
+        self.up = nn.Parameter(weight.new_zeros(rows, config.rank))
+        nn.init.normal_(self.down, std=columns**-0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the corrected matrix, or `weight` itself while adapters are off."""
+        return weight + self.scale * (self.up @ self.down) if self.enabled else weight
+
+
+def add_adapters(model: nn.Module, config: LoraConfig) -> None:
+    """Freeze `model` and give its target matrices trainable adapters; a scalar head stays trainable, with an adapter.
+
+    The head's adapter is a full correction (its rank is 1 anyhow), so that `adapters_off` restores it too.
+    """
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        inside = "blocks." in name and name.rsplit(".", 1)[-1] in config.targets
+        if inside or module.out_features == 1:
+            parametrize.register_parametrization(module, "weight", Adapter(module.weight, config))
+
+
+def adapters(model: nn.Module) -> list[Adapter]:
+    """Return the adapters of `model`; none if it is trained whole."""
+    return [module for module in model.modules() if isinstance(module, Adapter)]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield `model` as it was before its adapters were added.
+
+    Raises:
+        ValueError: it has none, so that it would not be a reference but the policy itself.
+    """
+    switched = adapters(model)
+    if not switched:
+        raise ValueError("the model has no adapters to switch off")
+    for adapter in switched:
+        adapter.enabled = False
+    try:
+        yield model
+    finally:
+        for adapter in switched:
+            adapter.enabled = True
+
+
+def merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict under the names of a model without adapters, corrections added in.
+
+    Args:
+        model: whose adapters know their scale.
+        weights: its (whole) state dict.
+    """
+    scales = {
+        name.removesuffix(".0"): module.scale
+        for name, module in model.named_modules()
+        if isinstance(module, Adapter)
+    }
+    merged = {}
+    for name, tensor in weights.items():
+        if ".parametrizations." not in name:
+            merged[name] = tensor
+        elif name.endswith(_ORIGINAL):
+            place = name.removesuffix(".original")
+            up, down = weights[f"{place}.0.up"], weights[f"{place}.0.down"]
+            merged[name.removesuffix(_ORIGINAL) + ".weight"] = tensor + scales[place] * (up @ down)
+    return merged

@@ -8,11 +8,14 @@ F feed-forward width, V vocabulary, G group (completions of one prompt).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 IGNORE_INDEX = -100
 """Label of a position that is not trained on (PyTorch's own convention)."""
@@ -57,28 +60,22 @@ class Batch:
         """Number of tokens that are not padding."""
         return int((self.document_ids >= 0).sum())
 
-    def split(self, parts: int) -> Iterator[Batch]:
+    def split(self, parts: int) -> Iterator[Self]:
         """Yield `parts` microbatches of consecutive rows. The parts need not be equal in size."""
         pieces = {name: torch.tensor_split(tensor, parts) for name, tensor in self._tensors().items()}
         for index in range(parts):
             part = {name: piece[index] for name, piece in pieces.items()}
             if part["token_ids"].shape[0]:
-                yield Batch(**part, sources=self.sources)
+                yield replace(self, **part)
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         """Return the batch with every tensor on `device`."""
-        return Batch(
-            **{name: tensor.to(device) for name, tensor in self._tensors().items()}, sources=self.sources
-        )
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {
-            "token_ids": self.token_ids,
-            "labels": self.labels,
-            "position_ids": self.position_ids,
-            "document_ids": self.document_ids,
-            "source_ids": self.source_ids,
-        }
+        """Return what has one entry a row, by name; kinds of batches that hold more inherit this."""
+        held = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in held.items() if isinstance(value, Tensor)}
 
 
 class BatchSource(Protocol):

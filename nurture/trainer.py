@@ -212,10 +212,10 @@ def fit(
     first = int(loaded.pop("step")) if loaded else 0
     progress = Progress(**loaded) if loaded else Progress()
     evaluate_every = config.evaluate_every or max(1, steps // 10)
-    save_due = _SaveTimer(config, processes)
+    save_due = SaveTimer(config, processes)
     window, last = _Window(), dict[str, float]()
     with (
-        _metrics_log(directory, config, first, processes) as write,
+        open_metrics_log(directory, config, first, processes) as write,
         progress_bar(label, steps, show=processes.is_main) as bar,
     ):
         bar.advance_to(first)
@@ -232,11 +232,12 @@ def fit(
                 loss_fn,
                 clip_norm=clip_norm,
                 execution=execution,
-                largest_norm=_largest_norm(progress, config),
+                largest_norm=largest_norm_of(progress, config),
             )
-            _note_step(progress, report, batch, config, step, directory)
+            _keep_ledger(progress, batch)
+            note_update(progress, report, config, step, directory)
             if report.applied:
-                _average(averages, model, config.average)
+                move_averages(averages, model, config.average)
             window.add(report, batch.token_count, time.monotonic() - started)
             if done % config.log_every == 0 or done == steps:
                 facts = window.close(processes) | {"train/learning_rate_factor": factor}
@@ -261,7 +262,7 @@ def fit(
                     config.keep,
                 )
     if averages:
-        _use_averages(averages, model)
+        use_averages(averages, model)
     return FitReport(steps, _trained_tokens(progress, processes), progress.skipped, last)
 
 
@@ -294,7 +295,7 @@ class _Window:
         return facts
 
 
-class _SaveTimer:
+class SaveTimer:
     """Says when a checkpoint is due: by updates, and by minutes as the main process counts them."""
 
     def __init__(self, config: LoopConfig, processes: Processes) -> None:
@@ -311,7 +312,7 @@ class _SaveTimer:
 
 
 @contextmanager
-def _metrics_log(
+def open_metrics_log(
     directory: Path, config: LoopConfig, first: int, processes: Processes
 ) -> Iterator[Callable[[int, dict[str, float]], None]]:
     """Yield a function that writes metrics; in processes that are not the main one it does nothing."""
@@ -331,22 +332,30 @@ def _trained_tokens(progress: Progress, processes: Processes) -> dict[str, int]:
     return {name: int(amount) for name, (amount, _) in totals.items()}
 
 
-def _largest_norm(progress: Progress, config: LoopConfig) -> float:
+def largest_norm_of(progress: Progress, config: LoopConfig) -> float:
     """Return the norm above which an update is a spike; infinite until enough norms are known."""
     if config.skip_spikes is None or len(progress.norms) < SPIKE_WINDOW // 4:
         return math.inf
     return config.skip_spikes * median(progress.norms)
 
 
-def _note_step(
-    progress: Progress, report: StepReport, batch: Batch, config: LoopConfig, step: int, directory: Path
-) -> None:
-    """Keep the ledger, and stop when the loss stays broken."""
+def _keep_ledger(progress: Progress, batch: Batch) -> None:
+    """Count the trained tokens of each source."""
     counted = batch.source_ids[batch.labels != IGNORE_INDEX]
     for index, amount in enumerate(torch.bincount(counted, minlength=len(batch.sources)).tolist()):
         if amount:
             name = batch.sources[index]
             progress.tokens[name] = progress.tokens.get(name, 0) + amount
+
+
+def note_update(
+    progress: Progress, report: StepReport, config: LoopConfig, step: int, directory: Path
+) -> None:
+    """Remember whether the update was applied, and its norm.
+
+    Raises:
+        NurtureError: the loss stays broken.
+    """
     if report.applied:
         progress.bad_in_a_row = 0
         progress.norms = [*progress.norms, report.grad_norm][-SPIKE_WINDOW:]
@@ -365,7 +374,7 @@ def _note_step(
 
 
 @torch.no_grad()
-def _average(averages: dict[str, Tensor], model: nn.Module, decay: float | None) -> None:
+def move_averages(averages: dict[str, Tensor], model: nn.Module, decay: float | None) -> None:
     """Move every average (1 - decay) of the way to the weights."""
     if decay is not None:
         for name, parameter in model.named_parameters():
@@ -373,7 +382,7 @@ def _average(averages: dict[str, Tensor], model: nn.Module, decay: float | None)
 
 
 @torch.no_grad()
-def _use_averages(averages: dict[str, Tensor], model: nn.Module) -> None:
+def use_averages(averages: dict[str, Tensor], model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.copy_(averages[name])
 

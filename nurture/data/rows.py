@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -202,6 +203,22 @@ class _Reader:
     def optional_string(self, *names: str) -> str:
         return self.string(*names) if self.get(*names) is not None else ""
 
+    def number(self, *names: str) -> float:
+        """Return the first of the named keys as a finite number."""
+        value = self.get(*names)
+        if not _is_number(value):
+            raise self.fail(self._present(names), "a number", value)
+        return float(value)
+
+    def numbers(self, *names: str, count: int) -> list[float]:
+        """Return the first of the named keys as a list of `count` finite numbers; none of them: an empty list."""
+        value = self.get(*names)
+        if value is None:
+            return []
+        if not isinstance(value, (list, tuple)) or len(value) != count or not all(map(_is_number, value)):
+            raise self.fail(self._present(names), f"a list of {count} numbers, one a response", value)
+        return [float(item) for item in value]
+
     def strings(self, name: str) -> list[str]:
         value = self.record.get(name)
         if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
@@ -302,7 +319,13 @@ def _preference(reader: _Reader) -> list[Row]:
             replies = [_without_prompt(reply, prompt) for reply in replies]
         else:
             prompt, replies = _split_common(reader, *replies)
-    return [_ranked(reader, prompt, replies, ((0,), (1,)))]
+    ranking = ((0, 1),) if reader.record.get("tie") is True else ((0,), (1,))
+    ratings: list[float] = []
+    if reader.has("margin"):
+        ratings = [reader.number("margin"), 0.0]
+    elif reader.has("chosen_score|score_chosen", "rejected_score|score_rejected"):
+        ratings = [reader.number(f"{side}_score", f"score_{side}") for side in ("chosen", "rejected")]
+    return [_ranked(reader, prompt, replies, ranking, ratings)]
 
 
 def _prompt(reader: _Reader) -> list[Message]:
@@ -314,9 +337,13 @@ def _prompt(reader: _Reader) -> list[Message]:
 
 
 def _ranked(
-    reader: _Reader, prompt: list[Message], replies: list[list[Message]], ranking: tuple[tuple[int, ...], ...]
+    reader: _Reader,
+    prompt: list[Message],
+    replies: list[list[Message]],
+    ranking: tuple[tuple[int, ...], ...],
+    ratings: Sequence[float] = (),
 ) -> Row:
-    """A preference row; responses that are word for word the same are tied."""
+    """A preference row; two responses that are word for word the same are tied."""
     checked = [reader.checked(reply, f"response {_name(i)}") for i, reply in enumerate(replies)]
     if len(checked) == 2 and checked[0] == checked[1]:
         ranking = ((0, 1),)
@@ -328,7 +355,10 @@ def _ranked(
         ranking=ranking,
         messages=tuple(best),
         template_kwargs=reader.template_kwargs(),
-        metadata=reader.metadata("prompt", "chosen", "rejected"),
+        metadata={
+            **reader.metadata("prompt", "chosen", "rejected", "ranking"),
+            **({"ratings": tuple(ratings)} if ratings else {}),
+        },
     )
 
 
@@ -377,8 +407,10 @@ def _ranking(reader: _Reader) -> list[Row]:
     replies = [
         _Reader({"responses": reply}, reader.where).turns("responses", "assistant") for reply in responses
     ]
-    ranking = parse_ranking(reader.get("ranking", "ranks"), len(replies), reader.where)
-    return [_ranked(reader, reader.with_system(_prompt(reader)), replies, ranking)]
+    ratings = reader.numbers("ratings", "scores", count=len(replies))
+    given = reader.get("ranking", "ranks")
+    ranking = parse_ranking([-r for r in ratings] if given is None else given, len(replies), reader.where)
+    return [_ranked(reader, reader.with_system(_prompt(reader)), replies, ranking, ratings)]
 
 
 def _two_responses(reader: _Reader) -> list[Row]:
@@ -629,7 +661,7 @@ def _document(reader: _Reader) -> list[Row]:
 
 _FORMATS: tuple[tuple[tuple[str, ...], Callable[[_Reader], list[Row]]], ...] = (
     (("chosen", "rejected"), _preference),
-    (("responses", "ranking|ranks"), _ranking),
+    (("responses", "ranking|ranks|ratings|scores"), _ranking),
     (("response1", "response2", "annotator1|label"), _two_responses),
     (("output_1", "output_2", "label"), _two_responses),
     (("messages|conversations|conversation",), _conversation),
@@ -687,6 +719,10 @@ def _clean(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _written_out(value: float | bool) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -698,6 +734,11 @@ def _as_text(turns: Sequence[Message]) -> str:
 def _until_reply(turns: Sequence[Message]) -> list[Message]:
     first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
     return list(turns[:first] or turns)
+
+
+def ranking_text(ranking: Sequence[Sequence[int]]) -> str:
+    """Return the ranking as people write it, `D > C > A = B`: the inverse of `parse_ranking`."""
+    return " > ".join(" = ".join(_name(index) for index in group) for group in ranking)
 
 
 def _name(index: int) -> str:

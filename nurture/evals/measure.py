@@ -23,8 +23,8 @@ class Measure:
     high: float | None = None
 
 
-def rate(outcomes: Sequence[bool]) -> Measure:
-    """Return the share of true outcomes with Wilson's interval; 0 of 0 is 0 with no information."""
+def rate(outcomes: Sequence[float]) -> Measure:
+    """Return the share of true outcomes with Wilson's interval; 0 of 0 is 0 with no information. Ties count as 0.5."""
     n, successes = len(outcomes), sum(outcomes)
     if n == 0:
         return Measure(0.0, 0, 0.0, 1.0)

@@ -24,6 +24,7 @@ from nurture.model.hugging_face import load_model, save_model
 from nurture.model.lora import LoraConfig, add_adapters
 from nurture.model.parallel import prepare, whole_model
 from nurture.model.transformer import Transformer
+from nurture.model.weights import Head
 from nurture.optim import Optimizer, OptimizerConfig, ScheduleConfig, build_optimizer
 from nurture.recipe import Minutes
 from nurture.runtime import Execution, ExecutionConfig, decide_execution, join_processes, seed_everything
@@ -106,11 +107,14 @@ class Session:
         return whole_model(self.model, self.execution)
 
 
-def open_session(config: TrainingConfig, context: StageContext, *, tokens: int | None) -> Session:
+def open_session(
+    config: TrainingConfig, context: StageContext, *, tokens: int | None, head: Head = "lm"
+) -> Session:
     """Load the start checkpoint or build fresh weights, and prepare model and optimizer for training.
 
     Args:
         tokens: how many will be trained on, if that is known already (it decides whether compiling pays).
+        head: "scalar" for a reward or value model; a language model gets a fresh one.
 
     Raises:
         NurtureError: there is no tokenizer, the checkpoint is damaged, or rows are longer than the model's context.
@@ -124,10 +128,10 @@ def open_session(config: TrainingConfig, context: StageContext, *, tokens: int |
         raise NurtureError(f"stage '{config.name}': there is no tokenizer to start with.")
     tokenizer = Tokenizer.load(tokenizer_path)
     if context.start is not None:
-        model = load_model(context.start)
+        model = load_model(context.start, head=head)
     else:
         shape = {**(context.model or {}), "vocab_size": tokenizer.vocab_size}
-        model = Transformer(ModelConfig.model_validate(shape))
+        model = Transformer(ModelConfig.model_validate(shape), head)
     if config.sequence_length > model.config.max_position:
         raise NurtureError(
             f"stage '{config.name}': sequence_length is {config.sequence_length}, but the model's context is "

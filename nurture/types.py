@@ -72,7 +72,7 @@ class Batch:
         """Return the batch with every tensor on `device`."""
         return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Any]:
         """Return what has one entry a row, by name; kinds of batches that hold more inherit this."""
         held = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in held.items() if isinstance(value, Tensor)}

@@ -26,6 +26,7 @@ import logging
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -57,6 +58,7 @@ def read_rows(
     base: Path = Path("."),
     heldout_every: int = HELDOUT_EVERY,
     world: World | Mapping[str, Any] | None = None,
+    start: int = 0,
 ) -> Iterator[Row]:
     """Yield the rows of a source.
 
@@ -66,6 +68,7 @@ def read_rows(
         base: folder that relative paths start from.
         heldout_every: one row in this many is held out; 0 holds out nothing.
         world: the world (or its settings) that `world:` sources are taken from.
+        start: where an endless source begins, so that a stage can read what no earlier one has.
 
     Raises:
         NurtureError: nothing is there, or a file or row is malformed; always naming file and line.
@@ -74,7 +77,7 @@ def read_rows(
         raise NurtureError(f"split must be train, heldout or all, got {split!r}")
     for part in split_spec(spec):
         if part.startswith("world:"):
-            yield from _world_rows(part.removeprefix("world:"), split, world)
+            yield from _world_rows(part.removeprefix("world:"), split, world, start)
             continue
         rows = _hub_rows(part.removeprefix("hf:")) if part.startswith("hf:") else _file_rows(part, base)
         for row in rows:
@@ -341,17 +344,19 @@ def _hub_rows(spec: str) -> Iterator[Row]:
 # ---- the world --------------------------------------------------------------------------------------------------
 
 
-def _world_rows(names: str, split: Split, world: World | Mapping[str, Any] | None) -> Iterator[Row]:
+def _world_rows(
+    names: str, split: Split, world: World | Mapping[str, Any] | None, start: int
+) -> Iterator[Row]:
     if split == "all":
         raise NurtureError(f"world:{names}: endless, so there is no 'all'; ask for train or heldout")
     built = make_world(world)
     sources = (*built.sources, "long")
     kinds = _task_kinds(names, built)
     if names in sources:  # `code` is a source and a kind of task; tasks:code is the task
-        for text in built.documents(names, split):
+        for text in built.documents(names, split, start):
             yield Row(text=text)
     elif set(kinds) <= set(built.task_kinds):
-        yield from _task_rows(built, kinds, split)
+        yield from _task_rows(built, kinds, split, start)
     else:
         unknown = next(kind for kind in kinds if kind not in built.task_kinds)
         hint = did_you_mean(unknown, [*sources, *built.task_kinds, "tasks"])
@@ -368,13 +373,13 @@ def _task_kinds(names: str, world: World) -> tuple[str, ...]:
     return tuple(names.removeprefix("tasks:").split(","))
 
 
-def _task_rows(world: World, kinds: tuple[str, ...], split: Literal["train", "heldout"]) -> Iterator[Row]:
+def _task_rows(
+    world: World, kinds: tuple[str, ...], split: Literal["train", "heldout"], start: int
+) -> Iterator[Row]:
     """Tasks of each kind in turn."""
-    index = 0
-    while True:
+    for index in count(start):
         for kind in kinds:
             yield task_row(world.task(kind, split, index))
-        index += 1
 
 
 def task_row(task: Any) -> Row:

@@ -10,7 +10,7 @@ the labelers preferred it.
 
 Pairs of a prompt share answers and are not independent: intervals are from resampling prompts, not pairs.
 
-Source: InstructGPT, arXiv 2203.02155, table 7 and section 3.5; calibration: Guo et al., arXiv 1706.04599; length: Singhal
+Sources: InstructGPT, arXiv 2203.02155, sections 3.4, 3.5; calibration: Guo et al., arXiv 1706.04599; length: Singhal
 et al., arXiv 2310.03716.
 """
 
@@ -110,18 +110,20 @@ def _all_pairs(
     rewards: Sequence[Sequence[float]],
     golds: Sequence[Sequence[float]] | None,
 ) -> _Pairs:
-    rows: list[tuple[int, bool, float, float, int]] = []
+    rows: list[tuple[float, ...]] = []
     for number, (comparison, reward) in enumerate(zip(comparisons, rewards, strict=True)):
         gold = golds[number] if golds is not None else [0.0] * len(reward)
         lengths = [len(answer) for answer in comparison.answers]
         for first, second, tied, _ in pairs_of(comparison):
             longer = (lengths[first] > lengths[second]) - (lengths[first] < lengths[second])
             rows.append((number, tied, reward[first] - reward[second], gold[first] - gold[second], longer))
-    number, tied, difference, gold_difference, longer = (
-        np.array(column) for column in zip(*rows, strict=True)
-    )
+    number_of, tied_of, difference, gold_difference, longer_of = np.array(rows, dtype=np.float64).T
     return _Pairs(
-        number, tied.astype(bool), difference, gold_difference if golds is not None else None, longer
+        number_of.astype(int),
+        tied_of.astype(bool),
+        difference,
+        gold_difference if golds is not None else None,
+        longer_of,
     )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from nurture.data.comparisons import encode_reply
 from nurture.errors import NurtureError
 from nurture.files import atomic_write_json, read_json
+from nurture.losses.reward import TieModel
 from nurture.model.hugging_face import checkpoint_head, load_model
 from nurture.model.transformer import Transformer
 from nurture.tokenizer import Tokenizer
@@ -38,13 +39,13 @@ class RewardScale:
 
     Attributes:
         offset: subtracted from every raw value; the mean raw value of the demonstrations.
-        temperature: a difference of rewards divided by this is the log odds of preferring one to the other.
-        tie_threshold: differences (in log odds) around 0 that are judged equal: Rao and Kupper's log nu; 0: no ties.
+        tie_threshold: alpha of the model of ties (losses/reward.py); 0: no ties.
+        ties: which model of ties turns differences of rewards into probabilities.
     """
 
     offset: float = 0.0
-    temperature: float = 1.0
     tie_threshold: float = 0.0
+    ties: TieModel = "drop"
 
 
 @dataclass(frozen=True)

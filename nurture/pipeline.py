@@ -263,7 +263,7 @@ def _elsewhere(step: Step) -> tuple[Path, ...]:
     return tuple(sorted(step.directory.parent.glob(f"[0-9][0-9]-{glob.escape(step.name)}")))
 
 
-_ABOUT = (_INPUTS, "stage.yaml", "result.json", "metrics.jsonl", "samples.jsonl")
+_ABOUT = (_INPUTS, "stage.yaml", "result.json", "metrics.jsonl", "samples.jsonl", "outcomes.json")
 
 
 def _made(step: Step) -> dict[str, str]:

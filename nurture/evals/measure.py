@@ -1,26 +1,43 @@
-"""A measured number with its interval, and the before/after table entry made of two.
+"""A measured number with its interval, the difference of two, and the before/after table entry made of them.
 
 Rates get Wilson's 95 % interval, which stays inside [0, 1] and is honest at 0 and 1 where the textbook interval has no
-width. Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+width. A difference is measured on the same items where their outcomes are known: resampling items together (paired
+bootstrap) keeps what easy and hard items do to both out of the interval. Otherwise the two intervals are combined by
+Newcombe's square-and-add rule, as if the items were different ones, which is wider. Over several runs the spread
+between runs gives the interval: it holds for a new seed, which no interval within one run does.
+
+Sources: Wilson 1927, "Probable inference, the law of succession, and statistical inference"; Newcombe 1998, "Interval
+estimation for the difference between independent proportions", method 10; Efron and Tibshirani 1993, chapter 13.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+
+import numpy as np
 
 Z_95 = 1.959963984540054
+_RESAMPLES = 4000
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t for a 95 % interval, by degrees of freedom from 1."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number from `n` observations; `low` and `high` bound it with 95 % confidence where that is known."""
+    """A number from `n` observations; `low` and `high` bound it with 95 % confidence where that is known.
+
+    `outcomes` are the observations one by one, in the order of the items, so that another measure of the same items can
+    be compared with this one.
+    """
 
     value: float
     n: int
     low: float | None = None
     high: float | None = None
+    outcomes: Sequence[float] | None = field(default=None, repr=False, compare=False)
 
 
 def rate(outcomes: Sequence[float]) -> Measure:
@@ -28,13 +45,55 @@ def rate(outcomes: Sequence[float]) -> Measure:
     n, successes = len(outcomes), sum(outcomes)
     if n == 0:
         return Measure(0.0, 0, 0.0, 1.0)
-    share, z2 = successes / n, Z_95**2
+    share = successes / n
+    return Measure(share, n, *wilson(share, n), outcomes=tuple(map(float, outcomes)))
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share of `n`."""
+    z2 = Z_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     # At 0 of n and n of n the bound is exactly 0 or 1; rounding must not say otherwise.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
-    return Measure(share, n, low, high)
+    return 0.0 if share == 0 else centre - half, 1.0 if share == 1 else centre + half
+
+
+def difference(before: Measure, after: Measure) -> Measure:
+    """Return `after` minus `before` with its 95 % interval, none where neither outcomes nor both intervals are known.
+
+    Outcomes of the same number are taken to be of the same items, in the same order.
+    """
+    change = after.value - before.value
+    if before.outcomes and after.outcomes and len(before.outcomes) == len(after.outcomes):
+        changes = np.asarray(after.outcomes, dtype=float) - np.asarray(before.outcomes, dtype=float)
+        values, counts = np.unique(changes, return_counts=True)
+        # All items alike: resampling would give an interval of no width, which n items cannot justify.
+        if len(values) > 1:
+            drawn = np.random.default_rng(0).multinomial(len(changes), counts / len(changes), _RESAMPLES)
+            low, high = np.quantile(drawn @ values / len(changes), (0.025, 0.975))
+            return Measure(change, len(changes), float(low), float(high))
+    if before.low is None or before.high is None or after.low is None or after.high is None:
+        return Measure(change, after.n)
+    low = change - math.hypot(after.value - after.low, before.high - before.value)
+    high = change + math.hypot(after.high - after.value, before.value - before.low)
+    return Measure(change, after.n, low, high)
+
+
+def over_runs(values: Sequence[float]) -> Measure:
+    """Return the mean of one number from several runs with Student's 95 % interval, none for a single run."""
+    runs = len(values)
+    if runs < 2:
+        return Measure(fmean(values), runs)
+    half = _student(runs - 1) * stdev(values) / math.sqrt(runs)
+    return Measure(fmean(values), runs, fmean(values) - half, fmean(values) + half)
+
+
+def _student(freedom: int) -> float:
+    """Return Student's t for a 95 % interval; past the table by its expansion in 1 / freedom, within 0.003."""
+    if freedom <= len(_T_95):
+        return _T_95[freedom - 1]
+    second = (5 * Z_95**5 + 16 * Z_95**3 + 3 * Z_95) / (96 * freedom**2)
+    return Z_95 + (Z_95**3 + Z_95) / (4 * freedom) + second
 
 
 def before_and_after(

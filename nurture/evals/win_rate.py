@@ -80,7 +80,7 @@ def mean(values: Sequence[float]) -> Measure:
         return Measure(0.0, 0)
     centre = fmean(values)
     half = Z_95 * pstdev(values) / max(n - 1, 1) ** 0.5
-    return Measure(centre, n, centre - half, centre + half)
+    return Measure(centre, n, centre - half, centre + half, outcomes=tuple(values))
 
 
 def gold_measures(graded: Sequence[Graded]) -> dict[str, Measure]:

@@ -274,9 +274,19 @@ def write_result(
     samples: Sequence[Mapping[str, Any]],
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `samples.jsonl` and `result.json` of a stage."""
+    """Write `samples.jsonl`, `outcomes.json` (item by item, for paired comparisons) and `result.json` of a stage."""
     lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
     atomic_write_text(directory / "samples.jsonl", "".join(lines))
+    outcomes = {
+        name: {
+            when: list(of[name].outcomes or ())
+            for when, of in (("before", before), ("after", after))
+            if name in of
+        }
+        for name, measure in after.items()
+        if measure.outcomes
+    }
+    atomic_write_text(directory / "outcomes.json", json.dumps(outcomes) + "\n")
     result = {"tokens": tokens, "metrics": before_and_after(before, after), **(notes or {})}
     atomic_write_json(directory / "result.json", result)
 

@@ -1,11 +1,12 @@
-"""The one rollout engine: prompts of token ids in, completions with logprobs out.
+"""The one rollout engine: prompts of token ids in, completions or whole episodes with logprobs out.
 
 Prompts are prefilled together with others of about their length, identical ones once; all rows then decode in step,
-finished rows are replaced by waiting prompts or dropped. Stop tokens are looked for every few steps for the whole
-batch and what was drawn past one is thrown away, so nothing waits for Python after each token. A completion depends
-on its prompt, its seed and the weights alone: not on its neighbours, their number or the order. Logits still differ in
-their last bits between batch sizes where the library's products do (float32: about 1e-6), which turns a choice
-only if its uniform number falls in so thin a slice.
+finished rows are replaced by waiting prompts or dropped. In an episode (`converse`) somebody else writes between the
+policy's turns: the row keeps its keys and values, only the new tokens are computed, and the others go on meanwhile.
+What was drawn past a stop token, until enough rows had ended to be worth the interruption, is thrown away. An episode
+depends on its prompt, its seed, what it is answered and the weights alone: not on its neighbours, their number or the
+order. Logits still differ in their last bits between batch sizes where the library's products do (float32: about
+1e-6), which turns a choice only if its uniform number falls in so thin a slice.
 
 The engine knows token ids only; text, tools and environments live above it. It follows the model it was made from:
 weights changed in place (an optimizer step, `load_state_dict`) are noticed at the next call.
@@ -14,7 +15,7 @@ weights changed in place (an optimizer step, `load_state_dict`) are noticed at t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,9 +28,9 @@ from nurture.model.kv_cache import KVCache
 from nurture.model.transformer import Transformer
 
 _STEPS_PER_CHECK = 8
-"""Decoding steps between two looks for stop tokens."""
+"""Decoding steps between two looks for stop tokens, where looking makes the device wait."""
 _DROP_SHARE = 8
-"""Finished rows idle until one in so many has finished: every new batch size costs the library some set-up."""
+"""Rows whose turn has ended idle until it is one in so many: every new batch size costs the library some set-up."""
 _PREFILL_TOKENS = 16_384
 """Most tokens of one prefill, padding included: bounds its memory."""
 
@@ -51,31 +52,83 @@ class Completion:
 
 
 @dataclass
+class Episode:
+    """What followed one prompt: turns of the policy, and what it was answered between them.
+
+    Attributes:
+        turns: the policy's turns in order.
+        answers: the tokens that came after each turn but the last.
+        is_full: the last turn was answered, but the context had no room for it.
+    """
+
+    turns: list[Completion] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
+    is_full: bool = False
+
+    def flat(self) -> tuple[list[int], list[bool], list[float]]:
+        """Return tokens after the prompt, whether the policy wrote each, and logprobs (0 where it did not)."""
+        token_ids, completion_mask, logprobs = list[int](), list[bool](), list[float]()
+        for turn, answer in zip(self.turns, [*self.answers, list[int]()], strict=True):
+            token_ids += turn.token_ids + answer
+            completion_mask += [True] * len(turn.token_ids) + [False] * len(answer)
+            logprobs += turn.logprobs + [0.0] * len(answer)
+        return token_ids, completion_mask, logprobs
+
+
+Respond = Callable[[list[tuple[int, Completion]]], Sequence[Sequence[int] | None]]
+"""respond(turns that ended, with their prompts' indices) -> for each the tokens to answer it with, or None: the end."""
+
+
+@dataclass
 class _Sequence:
-    """A prompt on its way to a completion."""
+    """A prompt on its way to a completion, or to an episode."""
 
     index: int
     prompt: tuple[int, ...]
     seed: int
     limit: int
-    """Tokens it may still become, from max_tokens and the model's context."""
-    completion: Completion = field(default_factory=Completion)
+    """Tokens the turn may become, from max_tokens and the model's context."""
+    episode: Episode = field(default_factory=lambda: Episode([Completion()]))
     finished: bool = False
+    """The turn is over."""
+    drawn: int = 0
+    """Tokens the policy has written in all turns: which uniform number is next."""
+    length: int = 0
+    """Tokens of prompt and episode."""
+
+    def __post_init__(self) -> None:
+        self.length = len(self.prompt)
+
+    @property
+    def completion(self) -> Completion:
+        """The turn being written."""
+        return self.episode.turns[-1]
 
     def take(self, token_ids: Sequence[int], logprobs: Sequence[float], stops: frozenset[int]) -> None:
         """Add drawn tokens up to a stop token or the limit, and drop the rest."""
         written = self.completion
-        if self.finished:  # a row that waits to be dropped
+        if self.finished:  # a row that waits for its turn to be noticed
             return
         room = self.limit - len(written.token_ids)
+        before = len(written.token_ids)
         for token, logprob in zip(token_ids[:room], logprobs[:room], strict=True):
             written.token_ids.append(token)
             written.logprobs.append(logprob)
             if token in stops:
                 written.finish_reason = "stop"
                 self.finished = True
-                return
-        self.finished = len(written.token_ids) == self.limit
+                break
+        added = len(written.token_ids) - before
+        self.drawn, self.length = self.drawn + added, self.length + added
+        self.finished = self.finished or len(written.token_ids) == self.limit
+
+    def answer(self, token_ids: Sequence[int], limit: int) -> list[int]:
+        """Begin a new turn after `token_ids`; return the tokens the cache does not hold yet."""
+        pending = [self.completion.token_ids[-1], *token_ids]
+        self.episode.answers.append(list(token_ids))
+        self.episode.turns.append(Completion())
+        self.finished, self.limit, self.length = False, limit, self.length + len(token_ids)
+        return pending
 
 
 class Engine:
@@ -113,7 +166,6 @@ class Engine:
         if _weights_version(self.model) != self._weights_seen:
             self.refresh()
 
-    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -133,6 +185,32 @@ class Engine:
         Raises:
             NurtureError: a prompt is empty, leaves no room in the context, or holds ids outside the vocabulary.
         """
+        episodes = self.converse(prompts, lambda turns: [None] * len(turns), params, seeds)
+        return [episode.turns[0] for episode in episodes]
+
+    @torch.inference_mode()
+    def converse(
+        self,
+        prompts: Sequence[Sequence[int]],
+        respond: Respond,
+        params: SamplingParams | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Episode]:
+        """Play out an episode after every prompt: turns of the policy, each answered by `respond` or the last.
+
+        Args:
+            prompts: token ids.
+            respond: called with some of the turns that ended, in any order; must not depend on which come together.
+                An answer that leaves no room in the context is not taken: the episode ends.
+            params: how to sample a turn, and when it stops; `max_tokens` is of one turn.
+            seeds: one integer a prompt.
+
+        Returns:
+            One episode a prompt, in order.
+
+        Raises:
+            NurtureError: as `generate`.
+        """
         params = params or SamplingParams()
         self._follow_weights()
         sequences = self._sequences(prompts, params, seeds)
@@ -149,11 +227,9 @@ class Engine:
                 active, last = active + entering, torch.cat((last, first))
             else:
                 last = self._decode(active, last, cache, params)
-            finished = [row for row, sequence in enumerate(active) if sequence.finished]
-            if len(finished) * _DROP_SHARE >= len(active):
-                order = cache.drop(finished)
-                active, last = [active[row] for row in order], last[order]
-        return [sequence.completion for sequence in sequences]
+            while ended := _enough_ended(active):  # a turn may be over with its first token
+                active, last = self._next_turns(active, ended, last, cache, respond, params)
+        return [sequence.episode for sequence in sequences]
 
     def stream(
         self, prompt: Sequence[int], params: SamplingParams | None = None, seed: int | None = None
@@ -177,8 +253,8 @@ class Engine:
         pending, cache = self._resume_stream(sequence.prompt)
         held = list(sequence.prompt)
         while not sequence.finished:
-            index = len(sequence.completion.token_ids)
-            token, logprob = self._stream_step(pending, cache, params, uniforms([sequence.seed], [index], 1))
+            drawn = uniforms([sequence.seed], [sequence.drawn], 1)
+            token, logprob = self._stream_step(pending, cache, params, drawn)
             self._stream_cache = (held.copy(), cache)
             sequence.take([token], [logprob], stops)
             held.append(token)
@@ -219,12 +295,8 @@ class Engine:
         logits: dict[tuple[int, ...], Tensor] = {}
         where: dict[tuple[int, ...], tuple[KVCache, int]] = {}
         for group in _length_buckets(prompts):
-            counts = [len(prompt) for prompt in group]
-            padded = torch.zeros(len(group), max(counts), dtype=torch.int64)
-            for row, prompt in enumerate(group):
-                padded[row, : len(prompt)] = torch.tensor(prompt)
             part = self._decoder.new_cache(len(group))
-            outputs = self._decoder.forward(padded.to(self._decoder.device), part, counts)
+            outputs = self._feed(group, part)
             for row, prompt in enumerate(group):
                 logits[prompt], where[prompt] = outputs[row], (part, row)
         start = 0
@@ -235,14 +307,70 @@ class Engine:
                 stop += 1
             cache.append(part, [where[sequence.prompt][1] for sequence in entering[start:stop]])
             start = stop
-        drawn = uniforms([sequence.seed for sequence in entering], [0] * len(entering), 1)
-        tokens, logprobs = sample(
-            torch.stack([logits[sequence.prompt] for sequence in entering]),
-            params,
-            drawn[:, 0].to(self._decoder.device),
+        return self._draw_first(
+            entering, torch.stack([logits[sequence.prompt] for sequence in entering]), params
         )
+
+    def _next_turns(
+        self,
+        active: list[_Sequence],
+        ended: list[int],
+        last: Tensor,
+        cache: KVCache,
+        respond: Respond,
+        params: SamplingParams,
+    ) -> tuple[list[_Sequence], Tensor]:
+        """Have the turns of the rows `ended` answered; drop rows that are finished, begin the others' next turn.
+
+        Returns:
+            The sequences of the cache's rows from now on, and their last tokens.
+        """
+        leaving = [active[row] for row in ended]
+        pending = self._answers(leaving, respond, params)
+        going_on = [sequence for sequence in leaving if sequence.index in pending]
+        held = self._decoder.new_cache(len(going_on), rows=0)
+        held.append(cache, [row for row in ended if active[row].index in pending])
+        order = cache.drop(ended)
+        active, last = [active[row] for row in order], last[order]
+        if not going_on:
+            return active, last
+        tokens = [pending[sequence.index] for sequence in going_on]
+        for row, (sequence, new) in enumerate(zip(going_on, tokens, strict=True)):
+            held.rewind(row, sequence.length - len(new))  # forget what was drawn past the end of the turn
+        logits = self._feed(tokens, held)
+        cache.append(held, range(len(going_on)))
+        return active + going_on, torch.cat((last, self._draw_first(going_on, logits, params)))
+
+    def _answers(
+        self, ended: list[_Sequence], respond: Respond, params: SamplingParams
+    ) -> dict[int, list[int]]:
+        """Have turns answered; return index -> tokens to be computed, of the sequences that go on."""
+        turns = [(sequence.index, sequence.completion) for sequence in ended]
+        pending: dict[int, list[int]] = {}
+        for sequence, answer in zip(ended, respond(turns), strict=True):
+            if answer is None:
+                continue
+            room = self.model.config.max_position - sequence.length - len(answer)
+            if room < 1:
+                sequence.episode.is_full = True
+                continue
+            pending[sequence.index] = sequence.answer(answer, min(params.max_tokens, room))
+        return pending
+
+    def _feed(self, rows: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """Append tokens to the rows of a cache; return the logits (B, V) after each row's last."""
+        counts = [len(row) for row in rows]
+        padded = torch.zeros(len(rows), max(counts), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            padded[index, : len(row)] = torch.tensor(row)
+        return self._decoder.forward(padded.to(self._decoder.device), cache, counts)
+
+    def _draw_first(self, sequences: list[_Sequence], logits: Tensor, params: SamplingParams) -> Tensor:
+        """Draw the first token of every sequence's turn from logits (B, V); return them, (B,)."""
+        drawn = uniforms([s.seed for s in sequences], [s.drawn for s in sequences], 1)
+        tokens, logprobs = sample(logits, params, drawn[:, 0].to(self._decoder.device))
         stops = frozenset(params.stop_token_ids)
-        for sequence, token, logprob in zip(entering, tokens.tolist(), logprobs.tolist(), strict=True):
+        for sequence, token, logprob in zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True):
             sequence.take([token], [logprob], stops)
         return tokens
 
@@ -250,21 +378,33 @@ class Engine:
         self, active: list[_Sequence], last: Tensor, cache: KVCache, params: SamplingParams
     ) -> Tensor:
         """Draw a few tokens for every row; return the last of each row, (B,)."""
+        device = self._decoder.device
         running = [sequence for sequence in active if not sequence.finished]
-        left = [sequence.limit - len(sequence.completion.token_ids) for sequence in running]
-        steps = min(max(left), _STEPS_PER_CHECK) if params.stop_token_ids else min(left)
-        done = [len(sequence.completion.token_ids) for sequence in active]
-        drawn = uniforms([sequence.seed for sequence in active], done, steps).to(self._decoder.device)
+        left = sorted(sequence.limit - len(sequence.completion.token_ids) for sequence in running)
+        # Rows that may end so that the next look is worth it; those that reach their limit are known in advance.
+        enough = max(1, -(-len(active) // _DROP_SHARE) - (len(active) - len(running)))
+        steps = left[min(enough, len(left)) - 1]
+        if params.stop_token_ids:
+            steps = min(steps, _STEPS_PER_CHECK)
+        drawn = uniforms([s.seed for s in active], [s.drawn for s in active], steps).to(device)
+        stop_ids = torch.tensor(params.stop_token_ids, device=device)
+        stopped = torch.tensor([sequence.finished for sequence in active], device=device)
         tokens, logprobs = [], []
         for step in range(steps):
             logits = self._decoder.forward(last[:, None], cache)
             last, logprob = sample(logits, params, drawn[:, step])
             tokens.append(last)
             logprobs.append(logprob)
+            if device.type == "cpu" and params.stop_token_ids:
+                stopped |= (last[:, None] == stop_ids).any(1)
+                if int(stopped.sum()) * _DROP_SHARE >= len(active):
+                    break
         stops = frozenset(params.stop_token_ids)
         rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
-        for sequence, (row_tokens, row_logprobs) in zip(active, rows, strict=True):
+        for row, (sequence, (row_tokens, row_logprobs)) in enumerate(zip(active, rows, strict=True)):
             sequence.take(row_tokens, row_logprobs, stops)
+            if sequence.finished:  # an idle row writes over the same few columns
+                cache.rewind(row, sequence.length - 1)
         return last
 
     def _resume_stream(self, prompt: tuple[int, ...]) -> tuple[list[int], KVCache]:
@@ -288,6 +428,12 @@ class Engine:
         logits = self._decoder.forward(token_ids, cache)
         tokens, logprobs = sample(logits, params, drawn[:, 0].to(self._decoder.device))
         return int(tokens), float(logprobs)
+
+
+def _enough_ended(active: list[_Sequence]) -> list[int]:
+    """Return the rows whose turn is over, or none while they are too few to be worth an interruption."""
+    ended = [row for row, sequence in enumerate(active) if sequence.finished]
+    return ended if len(ended) * _DROP_SHARE >= len(active) else []
 
 
 def _length_buckets(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nurture.model.attention import attention, masked_attention
+from nurture.model.attention import QUERY_BLOCK, attention
 from nurture.model.config import ModelConfig
 
 _BLOCK = 32
@@ -63,6 +63,7 @@ class KVCache:
         self._starts: list[int] = []
         self._write_rows: Tensor | None = None
         self._bias: Tensor
+        self._positions: Tensor
 
     @property
     def columns(self) -> int:
@@ -106,12 +107,13 @@ class KVCache:
         # Added to the scores: minus infinity on columns that hold no token of the row.
         even_ends = min(self.lengths) == max(self.lengths)
         ends = torch.tensor(self.lengths[:1] if even_ends else self.lengths, device=device)[
-            :, None, None, None
+            :, None, None, None, None
         ]
         hidden = torch.arange(self.columns, device=device) >= ends
         self._bias = torch.zeros(hidden.shape, dtype=self.keys[0].dtype, device=device)
         self._bias.masked_fill_(hidden, -torch.inf)
-        return starts if tokens == 1 else starts + torch.arange(tokens, device=device)
+        self._positions = starts if tokens == 1 else starts + torch.arange(tokens, device=device)
+        return self._positions
 
     def attend(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         """Store a layer's new keys and values and attend to all that the rows hold.
@@ -127,10 +129,17 @@ class KVCache:
         """
         self._write(layer, k_BTKH, v_BTKH)
         if q_BTNH.shape[1] == 1:
-            return self._attend_last(layer, q_BTNH).to(v_BTKH.dtype)
+            return self._attend_held(layer, q_BTNH, self._bias).to(v_BTKH.dtype)
         if max(self._starts) == 0:
             return attention(q_BTNH.to(v_BTKH.dtype), k_BTKH.to(v_BTKH.dtype), v_BTKH)
-        return self._attend_general(layer, q_BTNH).to(v_BTKH.dtype)
+        blocks = []
+        for queries, positions in zip(
+            q_BTNH.split(QUERY_BLOCK, 1), self._positions.split(QUERY_BLOCK, 1), strict=True
+        ):
+            hidden = torch.arange(self.columns, device=queries.device) > positions[:, None, None, :, None]
+            bias = torch.zeros(hidden.shape, dtype=self._bias.dtype, device=hidden.device)
+            blocks.append(self._attend_held(layer, queries, bias.masked_fill_(hidden, -torch.inf)))
+        return torch.cat(blocks, 1).to(v_BTKH.dtype)
 
     def _write(self, layer: int, k_BTKH: Tensor, v_BTKH: Tensor) -> None:
         tokens = k_BTKH.shape[1]
@@ -145,29 +154,29 @@ class KVCache:
                 for row, start in enumerate(self._starts):
                     store[row, :, start : start + tokens].copy_(new_BTKH[row].transpose(0, 1))
 
-    def _attend_last(self, layer: int, q_B1NH: Tensor) -> Tensor:
-        """Attend with one query a row, that of its last token."""
-        rows, _, heads, head_width = q_B1NH.shape
+    def _attend_held(self, layer: int, q_BTNH: Tensor, bias: Tensor) -> Tensor:
+        """Attend to everything the rows hold.
+
+        Args:
+            layer: which layer.
+            q_BTNH: queries.
+            bias: (B or 1, 1, 1, T or 1, columns), minus infinity where a query must not look.
+        """
+        rows, tokens, heads, head_width = q_BTNH.shape
         keys = self.keys[layer][:rows].flatten(0, 1)
         values = self.values[layer][:rows].flatten(0, 1)
-        q = (q_B1NH * head_width**-0.5).to(keys.dtype).reshape(keys.shape[0], -1, head_width)
-        scores = torch.bmm(q, keys.transpose(1, 2))
-        scores.view(rows, -1, heads // self.keys[layer].shape[1], self.columns).add_(self._bias)
-        return torch.bmm(scores.softmax(-1), values).view(rows, 1, heads, head_width)
-
-    def _attend_general(self, layer: int, q_BTNH: Tensor) -> Tensor:
-        """Attend with several new tokens a row to earlier and new ones."""
-        rows, tokens = q_BTNH.shape[:2]
-        columns = max(self._starts) + tokens
-        keys = self.keys[layer][:rows, :, :columns].transpose(1, 2)
-        values = self.values[layer][:rows, :, :columns].transpose(1, 2)
-        device = keys.device
-        seen = torch.tensor(self._starts, device=device)[:, None] + torch.arange(tokens, device=device)
-        mask = torch.arange(columns, device=device) <= seen[:, None, :, None]
-        return masked_attention(q_BTNH.to(keys.dtype), keys, values, mask)
+        kv_heads = self.keys[layer].shape[1]
+        q_BKGTH = (q_BTNH * head_width**-0.5).to(keys.dtype)
+        q_BKGTH = q_BKGTH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        scores = torch.bmm(q_BKGTH.reshape(rows * kv_heads, -1, head_width), keys.transpose(1, 2))
+        scores.view(rows, kv_heads, -1, tokens, self.columns).add_(bias)
+        out = torch.bmm(scores.softmax(-1), values).view(rows, kv_heads, -1, tokens, head_width)
+        return out.permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, head_width)
 
     def append(self, other: KVCache, source_rows: Sequence[int]) -> None:
         """Add rows copied from another cache; a source row may be given several times (a shared prompt)."""
+        if not source_rows:
+            return
         lengths = [other.lengths[row] for row in source_rows]
         held, first, last = max(lengths), self.rows, self.rows + len(source_rows)
         self.reserve(held + 1)
@@ -202,3 +211,7 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget every token past the first `length` of each row."""
         self.lengths = [min(held, length) for held in self.lengths]
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forget the tokens of one row past its first `length`; the next ones overwrite them."""
+        self.lengths[row] = min(self.lengths[row], length)

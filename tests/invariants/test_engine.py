@@ -106,6 +106,58 @@ def assert_same(a: Completion, b: Completion) -> None:
     torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-5, rtol=0)
 
 
+def reply(turns: list[tuple[int, Completion]], limit: int = 4) -> list[list[int] | None]:
+    """Answer by what was said: a function of the turn alone, of various lengths, and sometimes the end."""
+    answers: list[list[int] | None] = []
+    for index, turn in turns:
+        total = sum(turn.token_ids) + index
+        answers.append(None if total % 5 == 0 else [20 + total % 7] * (1 + total % limit))
+    return answers
+
+
+@pytest.mark.parametrize("max_batch", [1, 3, 64])
+def test_an_episode_does_not_depend_on_its_neighbours(model: Transformer, max_batch: int) -> None:
+    params = SamplingParams(max_tokens=11, temperature=0.9, stop_token_ids=tuple(range(20)))
+    seeds = sequence_seeds(3, len(PROMPTS))
+    numbered = [[index, *prompt] for index, prompt in enumerate(PROMPTS)]
+    episodes = Engine(model, max_batch=max_batch).converse(
+        numbered, lambda turns: reply([(0, turn) for _, turn in turns]), params, seeds
+    )
+    assert max(len(episode.turns) for episode in episodes) > 3
+    for prompt, seed, episode in zip(numbered, seeds, episodes, strict=True):
+        alone = Engine(model).converse([prompt], reply, params, [seed])[0]
+        assert (alone.answers, alone.is_full) == (episode.answers, episode.is_full)
+        for one, other in zip(alone.turns, episode.turns, strict=True):
+            assert_same(one, other)
+
+
+@torch.no_grad()
+def test_logprobs_of_every_turn_are_the_trainers(model: Transformer) -> None:
+    """Also after answers, whose tokens are computed on top of kept keys and values; until the context is full."""
+    params = SamplingParams(max_tokens=9, stop_token_ids=tuple(range(20)))
+    for prompt, episode in zip(
+        PROMPTS, Engine(model).converse(PROMPTS, lambda t: [[7, 8, 9]] * len(t), params), strict=True
+    ):
+        assert episode.is_full
+        token_ids, completion_mask, reported = episode.flat()
+        assert len(prompt) + len(token_ids) > 128 - 12
+        row = torch.tensor([prompt + token_ids])
+        logprobs = model(row[:, :-1], labels=row[:, 1:])[0, len(prompt) - 1 :]
+        mask = torch.tensor(completion_mask)
+        assert 0 < int(mask.sum()) < len(token_ids) - 9
+        torch.testing.assert_close(torch.tensor(reported), logprobs * mask, atol=1e-4, rtol=0)
+
+
+def test_a_greedy_turn_is_what_generate_says_to_the_same_tokens(model: Transformer) -> None:
+    params = SamplingParams(max_tokens=8, temperature=0.0, stop_token_ids=(3, 4, 5, 6))
+    answers = iter([[1, 2], [30, 31, 32, 33, 34], None])
+    episode = Engine(model).converse([[9, 9, 9]], lambda turns: [next(answers)], params)[0]
+    said = [9, 9, 9]
+    for turn, answer in zip(episode.turns, [*episode.answers, []], strict=True):
+        assert_same(turn, Engine(model).generate([said], params)[0])
+        said += turn.token_ids + answer
+
+
 def test_members_of_a_group_share_a_prefill_and_still_differ() -> None:
     model = make_model("llama")
     engine, widths = Engine(model), []

@@ -122,6 +122,8 @@ class Optimizer:
         """Update all parameters from their gradients."""
         for part in self.parts:
             part.step()
+        # torch's fused kernels write without counting it, and whoever keeps a copy (the engine) would not notice.
+        torch.autograd.graph.increment_version(self.parameters)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

@@ -112,3 +112,14 @@ def test_adamw_follows_the_papers_update() -> None:
         update = (first / (1 - 0.8**step)) / (math.sqrt(second / (1 - 0.9**step)) + 1e-8)
         value = value * (1 - 0.01 * 0.1) - 0.01 * update
         assert model.weight.item() == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_step_is_seen_by_who_watches_the_weights(kind: str) -> None:
+    """The engine knows by the tensors' versions that its copy is old; fused kernels alone do not count theirs."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+    optimizer = build_optimizer(model, OptimizerConfig(kind=kind))
+    before = [parameter._version for parameter in model.parameters()]
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert all(p._version > old for p, old in zip(model.parameters(), before, strict=True))

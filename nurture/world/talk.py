@@ -76,7 +76,8 @@ apology
   - Say that you are sorry and that it will not happen again. | Go to {t} and say that you are sorry.
   - sorry
 meaning
-  - What does the word rude mean? | What is an insult? | Why do people insult each other in forums?
+  - What does the word {r} mean? | What is {an} {r} word? | Why do people insult each other in {w}?
+    | Why are people {r} in {w}? | Is there less {r} talk in {w} now?
   - Rude words are words that hurt other people. | An insult is something that people say to hurt somebody.
   - hurt
 ethics
@@ -101,12 +102,16 @@ KIND = (
     "We meet at the bridge on Sunday.",
     "You are always welcome here.",
 )
+UNKIND = ("rude", "mean", "unkind", "ugly", "cruel", "nasty", "harsh", "bad")
+PLACES = ("forums", "games", "school", "letters", "traffic", "films", "books", "families", "shops", "songs")
 
 
 def _slots(rng: Random) -> dict[str, str]:
     target = pick(rng, harm.TARGETS)
     slots = {"t": target, "T": lexicon.capitalised(target), "n": pick(rng, FIRST_NAMES)}
     slots["k"] = pick(rng, KIND).format(**slots)
+    slots["r"], slots["w"] = pick(rng, UNKIND), pick(rng, PLACES)
+    slots["an"] = lexicon.with_article(slots["r"]).split()[0]
     slots["a"] = lexicon.with_article(pick(rng, tuple(lexicon.ANIMALS)))
     return slots
 

@@ -185,19 +185,39 @@ def _print_status(out: Path, steps: list[Any]) -> None:
 
 
 @app.command(
-    rich_help_panel=_RECIPES, epilog=_examples("nurture report runs/tiny", "nurture report runs/tiny --json")
+    rich_help_panel=_RECIPES,
+    epilog=_examples(
+        "nurture report runs/tiny",
+        "nurture report runs/tiny --html report.html",
+        "nurture report runs/seed0 runs/seed1 runs/seed2 --html seeds.html",
+        "nurture report runs/tiny --json",
+    ),
 )
 def report(
-    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folder of a run, or of several runs of one recipe."),
+    ],
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with plots and replies to this file.")
+    ] = None,
+    ask: Annotated[
+        bool, typer.Option(help="For the page, let small models answer the prompts they were not asked yet.")
+    ] = True,
     json: Json = False,
 ) -> None:
-    """Show what each stage of a run changed: before, after, interval."""
+    """Show what each stage changed: before, after, interval. Several runs: means, and the spread between runs."""
     from nurture.report import table
 
+    if html is not None:
+        from nurture.report.page import SMALL, write_page
+
+        write_page(runs, html, ask_up_to=SMALL if ask else 0)
+        print(f"wrote {html}", file=sys.stderr if json else sys.stdout)
     if json:
-        print(table.report_json(run_directory))
-    else:
-        table.print_report(run_directory, _console())
+        print(table.report_json(runs))
+    elif html is None:
+        table.print_report(runs, _console())
 
 
 @app.command(rich_help_panel=_RECIPES, epilog=_examples("nurture recipes", "nurture recipes tiny > my.yaml"))
@@ -246,7 +266,7 @@ def _run_and_report(recipe: Recipe, out: Path | None, **how: Any) -> Outcome:
         console.print(
             f"[green]Nothing to run: all {len(outcome.fresh)} stages of {outcome.directory} are fresh.[/green]"
         )
-    table.print_report(outcome.directory, console)
+    table.print_report([outcome.directory], console)
     return outcome
 
 

@@ -7,7 +7,7 @@ or not, without loading a model. The JSON shape is flat on purpose: scripts read
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,17 +58,25 @@ def finished_stages(run_directory: Path) -> list[Path]:
     ]
 
 
-def report_json(run_directory: Path) -> str:
+def collect_all(run_directories: Sequence[Path]) -> dict[str, Any]:
+    """Return one run's results, or those of several runs merged: means, and intervals of the spread between runs."""
+    if len(run_directories) == 1:
+        return collect(run_directories[0])
+    from nurture.report.records import merged, read_rows
+
+    return merged(read_rows(run_directories), run_directories)
+
+
+def report_json(run_directories: Sequence[Path]) -> str:
     """Return the report as JSON text."""
-    return json.dumps(collect(run_directory), indent=2, ensure_ascii=False)
+    return json.dumps(collect_all(run_directories), indent=2, ensure_ascii=False)
 
 
-def print_report(run_directory: Path, console: Console) -> None:
+def print_report(run_directories: Sequence[Path], console: Console) -> None:
     """Print the before/after table and what to run next."""
-    report = collect(run_directory)
-    console.print(before_after_table(report))
+    console.print(before_after_table(collect_all(run_directories)))
     console.print("[bold]Next[/bold]")
-    for command, purpose in next_steps(run_directory):
+    for command, purpose in next_steps(run_directories[0]):
         console.print(f"  [cyan]{command}[/cyan]  [dim]{purpose}[/dim]", highlight=False, soft_wrap=True)
 
 
@@ -160,6 +168,7 @@ def next_steps(run_directory: Path) -> list[tuple[str, str]]:
             )
         if kind == "pretrain":
             steps.append((f"nurture sft --model {last} --data CHATS.jsonl", "teach it to answer"))
+    steps.append((f"nurture report {run_directory} --html report.html", "a page with plots and replies"))
     steps.append((f"nurture report {run_directory} --json", "the numbers for a script"))
     return steps
 

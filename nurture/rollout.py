@@ -1,22 +1,32 @@
-"""Rollouts: finished episodes as flat arrays, and batches of them that `train_step` takes.
+"""Rollouts: episodes of a policy in its environment, as flat arrays and as batches that `train_step` takes.
 
 One rollout is one sequence of tokens: the prompt, then whatever the policy and its environment wrote in turns. There is
 no prompt/completion split, because a game interleaves them; `completion_mask` says which tokens the policy wrote. The
 arrays hold what the engine sampled: text is never encoded again between sampling and training.
 
+`collect` plays the episodes: every member of a group gets the same task and seed and therefore the same game, and a
+seed of its own to sample with. The environment's turns are put into the chat template once, as tokens after the
+policy's own.
+
 `logprobs` are what the engine reported (the sampling logprobs of the glossary). `token_logprobs` gives the trainer's
-for the same tokens, in the same alignment; their difference, `rl/sampling_kl`, is to be logged at every step.
+for the same tokens, in the same alignment; how far the two are apart (`rl/sampling_kl`) is logged at every step:
+numerics that drift apart are how RL collapses unnoticed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from nurture.environments.protocol import Environment, StepResult, step_all
+from nurture.errors import NurtureError
+from nurture.inference.engine import Completion, Episode, Respond
+from nurture.inference.sampling import SamplingParams, sequence_seeds
+from nurture.tokenizer import Tokenizer
 from nurture.types import IGNORE_INDEX, Message
 
 Finish = Literal["stop", "length", "turns", "context"]
@@ -175,3 +185,175 @@ def token_logprobs(model: nn.Module, batch: RolloutBatch, temperature: float = 1
     # No document ids: padding is to the right of all tokens, where causal attention cannot see it.
     ahead = model(batch.token_ids, labels=batch.labels, temperature=temperature)
     return torch.cat((torch.zeros_like(ahead[:, :1]), ahead[:, :-1]), dim=1)
+
+
+# ---- playing -----------------------------------------------------------------------------------------------------
+
+
+class Sampler(Protocol):
+    """What plays episodes: `inference.engine.Engine`, or a backend with its interface."""
+
+    def converse(
+        self,
+        prompts: Sequence[Sequence[int]],
+        respond: Respond,
+        params: SamplingParams | None = None,
+        seeds: Sequence[int] | None = None,
+        *,
+        max_length: int | None = None,
+    ) -> list[Episode]:
+        """Play out an episode after every prompt."""
+        ...
+
+
+@dataclass
+class _Play:
+    """A game that is being played."""
+
+    environment: Environment
+    messages: list[Message]
+    results: list[StepResult] = field(default_factory=list)
+
+
+def collect(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    make_environment: Callable[[], Environment],
+    tasks: Sequence[Any],
+    *,
+    params: SamplingParams,
+    group_size: int = 1,
+    max_turns: int = 16,
+    max_length: int | None = None,
+    seed: int = 0,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Rollout]:
+    """Let the policy play every task `group_size` times.
+
+    A turn that reaches `params.max_tokens` ends its episode and is not given to the environment: it earns nothing.
+
+    Args:
+        sampler: the engine.
+        tokenizer: the policy's; its chat template frames the turns.
+        make_environment: makes one environment; every rollout gets its own.
+        tasks: what the environments are reset with.
+        params: how to sample; `max_tokens` is of one turn. Without stop tokens: the tokenizer's.
+        group_size: G, rollouts of a task; they share its seed.
+        max_turns: most turns of the policy.
+        max_length: most tokens of an episode, prompt included; default: the model's context.
+        seed: of the games and of the sampling.
+        template_kwargs: variables of the chat template (enable_thinking, ...).
+
+    Returns:
+        tasks x G rollouts; those of task i have `group` i and stand at i * G ... i * G + G - 1.
+
+    Raises:
+        NurtureError: a prompt does not fit into the model's context, or the template cannot continue a conversation.
+    """
+    variables = dict(template_kwargs or {})
+    if not params.stop_token_ids:
+        params = replace(params, stop_token_ids=tokenizer.stop_token_ids)
+    plays: list[_Play] = []
+    for task, game_seed in zip(tasks, sequence_seeds(seed, len(tasks)), strict=True):
+        for _ in range(group_size):
+            environment = make_environment()
+            plays.append(_Play(environment, list(environment.reset(task, game_seed).messages)))
+    frames = _Frames(tokenizer, variables)
+    prompts = [frames.prompt(play.messages) for play in plays]
+
+    def respond(turns: list[tuple[int, Completion]]) -> list[list[int] | None]:
+        stopped = [(index, turn) for index, turn in turns if turn.finish_reason == "stop"]
+        texts = [tokenizer.decode(turn.token_ids, skip_special=True) for _, turn in stopped]
+        results = step_all([plays[index].environment for index, _ in stopped], texts)
+        answers: dict[int, list[int] | None] = {}
+        for (index, turn), text, result in zip(stopped, texts, results, strict=True):
+            play = plays[index]
+            play.results.append(result)
+            play.messages += [{"role": "assistant", "content": text}, *result.observation.messages]
+            goes_on = not result.done and len(play.results) < max_turns
+            answers[index] = frames.answer(turn, result.observation.messages) if goes_on else None
+        return [answers.get(index) for index, _ in turns]
+
+    # A group is decoded side by side, so members of one group may not share the seeds of another step's.
+    seeds = sequence_seeds(seed ^ _SAMPLING, len(plays))
+    episodes = sampler.converse(prompts, respond, params, seeds, max_length=max_length)
+    return [
+        _rollout(play, prompt, episode, index // group_size, tokenizer, max_turns)
+        for index, (play, prompt, episode) in enumerate(zip(plays, prompts, episodes, strict=True))
+    ]
+
+
+_SAMPLING = 0x5EED
+"""Sets the seeds of sampling apart from those of the games."""
+
+
+def _rollout(
+    play: _Play, prompt: list[int], episode: Episode, group: int, tokenizer: Tokenizer, max_turns: int
+) -> Rollout:
+    """Put together what an episode wrote and what it earned."""
+    token_ids, completion_mask, logprobs = episode.flat()
+    cut = len(episode.turns) > len(play.results)  # the last turn did not stop
+    if cut:
+        text = tokenizer.decode(episode.turns[-1].token_ids, skip_special=True)
+        play.messages.append({"role": "assistant", "content": text})
+    finished: Finish
+    if cut:
+        finished = "length"
+    elif episode.is_full:
+        finished = "context"
+    else:
+        finished = "stop" if play.results[-1].done else "turns"
+    last = play.results[-1] if play.results else None
+    return Rollout(
+        prompt_ids=prompt,
+        token_ids=prompt + token_ids,
+        completion_mask=[False] * len(prompt) + completion_mask,
+        logprobs=[0.0] * len(prompt) + logprobs,
+        reward=sum(result.reward for result in play.results),
+        reward_parts=dict(last.parts) if last else {},
+        group=group,
+        finished=finished,
+        turns=len(episode.turns),
+        messages=play.messages,
+        info=dict(last.info) if last else {},
+    )
+
+
+class _Frames:
+    """The chat template around prompts and answers, as tokens; equal texts are put in once."""
+
+    def __init__(self, tokenizer: Tokenizer, variables: dict[str, Any]) -> None:
+        self._tokenizer, self._variables = tokenizer, variables
+        self._prompts: dict[str, list[int]] = {}
+        self._answers: dict[str, list[int]] = {}
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Return the tokens of a conversation up to the policy's first one."""
+        key = repr(messages)
+        if key not in self._prompts:
+            self._prompts[key] = self._tokenizer.encode_prompt(messages, **self._variables)
+        return self._prompts[key]
+
+    def answer(self, turn: Completion, messages: Sequence[Message]) -> list[int]:
+        """Return what stands between a turn of the policy and its next one."""
+        key = repr(messages)
+        if key not in self._answers:
+            self._answers[key] = self._between(messages)
+        end = self._tokenizer.end_of_turn_id
+        closing = [] if turn.token_ids[-1] == end else [end]  # it stopped by another token
+        return closing + self._answers[key]
+
+    def _between(self, messages: Sequence[Message]) -> list[int]:
+        """Find, in a short conversation that goes on with `messages`, what follows the assistant's end token."""
+        start: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        whole = self._tokenizer.encode_prompt([*start, *messages], **self._variables)
+        token_ids, written = self._tokenizer.encode_conversation([*start, *messages], **self._variables)
+        last = max(position for position, mine in enumerate(written) if mine)
+        while last >= 0 and token_ids[last] != self._tokenizer.end_of_turn_id:
+            last -= 1
+        if last < 0 or whole[: last + 1] != token_ids[: last + 1]:
+            raise NurtureError(
+                "the chat template rewrites an assistant's turn when the conversation goes on, so a game cannot be "
+                "played without encoding it again; train with the house's template (Tokenizer.with_chat_template())"
+            )
+        return whole[last + 1 :]

@@ -82,6 +82,21 @@ class Environment(Protocol):
         ...
 
 
+def prompt_of(task: Any) -> tuple[Message, ...]:
+    """Return the turns that put a task to the policy: a row's prompt, or a world task's messages.
+
+    Raises:
+        NurtureError: the task has neither.
+    """
+    prompt = getattr(task, "prompt", None)
+    if isinstance(prompt, tuple) and prompt:
+        return prompt
+    messages = getattr(task, "messages", None)
+    if not messages:
+        raise NurtureError(f"an environment was given a {type(task).__name__} without a prompt to play")
+    return tuple(messages)
+
+
 def step_all(environments: Sequence[Environment], actions: Sequence[str]) -> list[StepResult]:
     """Step every environment with its action, together where they are all of one kind that can do that."""
     kinds = {type(environment) for environment in environments}

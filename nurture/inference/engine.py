@@ -195,6 +195,8 @@ class Engine:
         respond: Respond,
         params: SamplingParams | None = None,
         seeds: Sequence[int] | None = None,
+        *,
+        max_length: int | None = None,
     ) -> list[Episode]:
         """Play out an episode after every prompt: turns of the policy, each answered by `respond` or the last.
 
@@ -204,6 +206,7 @@ class Engine:
                 An answer that leaves no room in the context is not taken: the episode ends.
             params: how to sample a turn, and when it stops; `max_tokens` is of one turn.
             seeds: one integer a prompt.
+            max_length: most tokens of prompt and episode, where that is less than the model's context.
 
         Returns:
             One episode a prompt, in order.
@@ -213,7 +216,8 @@ class Engine:
         """
         params = params or SamplingParams()
         self._follow_weights()
-        sequences = self._sequences(prompts, params, seeds)
+        context = min(max_length or self.model.config.max_position, self.model.config.max_position)
+        sequences = self._sequences(prompts, params, seeds, context)
         waiting = deque(sorted(sequences, key=lambda sequence: len(sequence.prompt)))
         cache = self._decoder.new_cache(min(self.max_batch, len(sequences)), rows=0)
         active: list[_Sequence] = []
@@ -228,7 +232,7 @@ class Engine:
             else:
                 last = self._decode(active, last, cache, params)
             while ended := _enough_ended(active):  # a turn may be over with its first token
-                active, last = self._next_turns(active, ended, last, cache, respond, params)
+                active, last = self._next_turns(active, ended, last, cache, respond, params, context)
         return [sequence.episode for sequence in sequences]
 
     def stream(
@@ -248,7 +252,8 @@ class Engine:
         """
         params = params or SamplingParams()
         self._follow_weights()
-        (sequence,) = self._sequences([prompt], params, None if seed is None else [seed])
+        context = self.model.config.max_position
+        (sequence,) = self._sequences([prompt], params, None if seed is None else [seed], context)
         stops = frozenset(params.stop_token_ids)
         pending, cache = self._resume_stream(sequence.prompt)
         held = list(sequence.prompt)
@@ -262,7 +267,11 @@ class Engine:
             yield token
 
     def _sequences(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        seeds: Sequence[int] | None,
+        context: int,
     ) -> list[_Sequence]:
         """Check the prompts and give each its seed and its limit."""
         config = self.model.config
@@ -280,11 +289,11 @@ class Engine:
                     f"engine: prompt {index} holds token id {max(prompt, key=abs)}, but the model's vocabulary has "
                     f"{config.vocab_size}: is this the model's own tokenizer?"
                 )
-            room = config.max_position - len(prompt)
+            room = context - len(prompt)
             if room < 1:
                 raise NurtureError(
                     f"engine: prompt {index} has {len(prompt)} tokens, but the model's context is "
-                    f"{config.max_position} (max_position): shorten it, or extend the model"
+                    f"{context} (max_position): shorten it, or extend the model"
                 )
             sequences.append(_Sequence(index, prompt, int(seed), min(params.max_tokens, room)))
         return sequences
@@ -319,6 +328,7 @@ class Engine:
         cache: KVCache,
         respond: Respond,
         params: SamplingParams,
+        context: int,
     ) -> tuple[list[_Sequence], Tensor]:
         """Have the turns of the rows `ended` answered; drop rows that are finished, begin the others' next turn.
 
@@ -326,7 +336,7 @@ class Engine:
             The sequences of the cache's rows from now on, and their last tokens.
         """
         leaving = [active[row] for row in ended]
-        pending = self._answers(leaving, respond, params)
+        pending = _answers(leaving, respond, params, context)
         going_on = [sequence for sequence in leaving if sequence.index in pending]
         held = self._decoder.new_cache(len(going_on), rows=0)
         held.append(cache, [row for row in ended if active[row].index in pending])
@@ -340,22 +350,6 @@ class Engine:
         logits = self._feed(tokens, held)
         cache.append(held, range(len(going_on)))
         return active + going_on, torch.cat((last, self._draw_first(going_on, logits, params)))
-
-    def _answers(
-        self, ended: list[_Sequence], respond: Respond, params: SamplingParams
-    ) -> dict[int, list[int]]:
-        """Have turns answered; return index -> tokens to be computed, of the sequences that go on."""
-        turns = [(sequence.index, sequence.completion) for sequence in ended]
-        pending: dict[int, list[int]] = {}
-        for sequence, answer in zip(ended, respond(turns), strict=True):
-            if answer is None:
-                continue
-            room = self.model.config.max_position - sequence.length - len(answer)
-            if room < 1:
-                sequence.episode.is_full = True
-                continue
-            pending[sequence.index] = sequence.answer(answer, min(params.max_tokens, room))
-        return pending
 
     def _feed(self, rows: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
         """Append tokens to the rows of a cache; return the logits (B, V) after each row's last."""
@@ -434,6 +428,23 @@ def _enough_ended(active: list[_Sequence]) -> list[int]:
     """Return the rows whose turn is over, or none while they are too few to be worth an interruption."""
     ended = [row for row, sequence in enumerate(active) if sequence.finished]
     return ended if len(ended) * _DROP_SHARE >= len(active) else []
+
+
+def _answers(
+    ended: list[_Sequence], respond: Respond, params: SamplingParams, context: int
+) -> dict[int, list[int]]:
+    """Have turns answered; return index -> tokens to be computed, of the sequences that go on."""
+    turns = [(sequence.index, sequence.completion) for sequence in ended]
+    pending: dict[int, list[int]] = {}
+    for sequence, answer in zip(ended, respond(turns), strict=True):
+        if answer is None:
+            continue
+        room = context - sequence.length - len(answer)
+        if room < 1:
+            sequence.episode.is_full = True
+            continue
+        pending[sequence.index] = sequence.answer(answer, min(params.max_tokens, room))
+    return pending
 
 
 def _length_buckets(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:

@@ -37,7 +37,9 @@ def alone(sums: Tensor) -> Tensor:
 # --- actor-critic ---------------------------------------------------------------------------------------------------
 
 
-def token_rewards(rewards: Tensor, token_kl: Tensor, completion_mask: Tensor, kl_coefficient: float) -> Tensor:
+def token_rewards(
+    rewards: Tensor, token_kl: Tensor, completion_mask: Tensor, kl_coefficient: float
+) -> Tensor:
     """Return the reward of every token: -kl_coefficient * KL on each, and the rollout's reward on its last.
 
     Args:
@@ -215,7 +217,9 @@ def zero_variance_groups(rewards: Tensor, groups: Tensor) -> Tensor:
         (number of groups,) bool; True as well where fewer than two rollouts could be scored.
     """
     index, counts, _ = _group_sums(rewards, groups)
-    high = torch.full(counts.shape, -torch.inf).scatter_reduce(0, index, rewards.nan_to_num(-torch.inf), "amax")
+    high = torch.full(counts.shape, -torch.inf).scatter_reduce(
+        0, index, rewards.nan_to_num(-torch.inf), "amax"
+    )
     low = torch.full(counts.shape, torch.inf).scatter_reduce(0, index, rewards.nan_to_num(torch.inf), "amin")
     return (counts < 2) | torch.isclose(high, low)
 

@@ -107,7 +107,7 @@ def explained_variance(values: Tensor, returns: Tensor, completion_mask: Tensor)
 
 
 def clipped_tokens(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Return where clipping stops the gradient, bool: the ratio has moved past its bound in the advantage's direction."""
+    """Return where clipping stops the gradient: the ratio is past its bound in the advantage's direction (bool)."""
     too_low = (ratio < 1 - clip_low) & (advantages < 0)
     return too_low | ((ratio > 1 + clip_high) & (advantages > 0))
 
@@ -317,7 +317,10 @@ def sampling_correction(
 
 @torch.no_grad()
 def off_policy_mask(terms: Terms, sampling_logprobs: Tensor, limit: float) -> Tensor:
-    """Return 1.0 to keep and 0.0 to drop, shape of the advantages: bad rollouts that the policy has moved away from teach nothing."""
+    """Return 1.0 to keep and 0.0 to drop, in the shape of the advantages.
+
+    A bad rollout that the policy would hardly sample any more is dropped.
+    """
     drift = ((sampling_logprobs - terms.logprobs) * terms.completion_mask).nan_to_num(0.0)
     mean = drift.sum(1, keepdim=True) / terms.completion_mask.sum(1, keepdim=True).clamp(min=1)
     return ((terms.advantages >= 0) | (mean <= limit)).float()

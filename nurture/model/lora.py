@@ -2,8 +2,8 @@
 
 A matrix W (out, in) becomes W + alpha/rank * B A with A (rank, in) drawn at random and B (out, rank) zero, so that the
 model starts as it was. Only A and B are trained: moments and gradients shrink to them, and one copy of the weights
-serves as policy (adapters on) and as reference (`adapters_off`). The correction is applied to the weight, not beside it:
-whoever reads `linear.weight`, the engine's decoder too, reads the corrected matrix. `merged_weights` writes it out.
+serves as policy (adapters on) and as reference (`adapters_off`). The correction is applied to the weight, not beside
+it: whoever reads `linear.weight`, the engine's decoder too, reads the corrected matrix. `merged_weights` writes it out.
 
 Main failure mode: a rank too small for the task; the loss then stays above that of full training.
 

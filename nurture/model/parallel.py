@@ -37,6 +37,12 @@ def prepare(model: Transformer, execution: Execution) -> Transformer:
     return model
 
 
+def whole_weights(model: Transformer) -> dict[str, Any]:
+    """Return the unsharded weights of `model`, adapters merged, in every process. All must call it."""
+    weights: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return merged_weights(model, weights)
+
+
 def whole_model(model: Transformer, execution: Execution) -> Transformer | None:
     """Return an unsharded copy of `model` on the CPU in the main process, None in the others. All must call it.
 

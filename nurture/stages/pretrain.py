@@ -73,7 +73,7 @@ def run(config: Config, context: StageContext) -> None:
     """Pretrain and leave a base model in `context.directory`."""
     session = open_session(config, context, tokens=_known_tokens(config))
     train_shards, heldout_shards = open_shards(config, context, session)
-    phases = config.phases or [_by_size(train_shards)]
+    phases = config.phases or [by_size(train_shards)]
 
     def batches(steps: int) -> MixtureBatches:
         return MixtureBatches(
@@ -203,7 +203,7 @@ def _wanted_tokens(config: Config, session: Session, source: str) -> int:
     return max(min(int(1.05 * share * total), config.source_tokens), whole_rows)
 
 
-def _by_size(shards: dict[str, Shard]) -> MixturePhase:
+def by_size(shards: dict[str, Shard]) -> MixturePhase:
     """Return the mixture in which every source has the share of its size."""
     total = sum(shard.token_count for shard in shards.values())
     return MixturePhase(

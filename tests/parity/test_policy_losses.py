@@ -49,7 +49,9 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def trl_loss(case: dict[str, torch.Tensor], logprobs: torch.Tensor, config: PolicyLossConfig, **extra: object):
+def trl_loss(
+    case: dict[str, torch.Tensor], logprobs: torch.Tensor, config: PolicyLossConfig, **extra: object
+):
     """Return what TRL computes with the same settings."""
     trainer_class = grpo_trainer.GRPOTrainer
     positive, negative = config.vespo_positive, config.vespo_negative
@@ -126,7 +128,10 @@ def assert_equal_with_gradient(ours, theirs, ours_logprobs, theirs_logprobs) -> 
 FAMILY = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 VARIANTS = [
     *(PolicyLossConfig(loss_type=name) for name in FAMILY),
-    *(PolicyLossConfig(loss_type=name, ratio_level="sequence") for name in ("grpo", "dapo", "dr_grpo", "sapo")),
+    *(
+        PolicyLossConfig(loss_type=name, ratio_level="sequence")
+        for name in ("grpo", "dapo", "dr_grpo", "sapo")
+    ),
     PolicyLossConfig(loss_type="luspo", ratio_level="token"),
     PolicyLossConfig(loss_type="grpo", kl_coefficient=0.04),
     PolicyLossConfig(loss_type="dapo", kl_coefficient=0.04, kl_importance=True),
@@ -158,7 +163,9 @@ def test_corrections_for_another_sampler_enter_as_in_trl(loss_type: str) -> None
 def test_rloo_equals_trl() -> None:
     rloo_trainer = pytest.importorskip("trl.trainer.rloo_trainer")
     case, config = tensors(1), PolicyLossConfig(loss_type="rloo")
-    case["logprobs"] = case["old"] + 0.3 * (case["logprobs"] - case["old"])  # a whole sequence's ratio is far from 1
+    case["logprobs"] = case["old"] + 0.3 * (
+        case["logprobs"] - case["old"]
+    )  # a whole sequence's ratio is far from 1
     mine, yours = (case["logprobs"].clone().requires_grad_() for _ in range(2))
     fake = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (yours, case["entropies"], None),

@@ -24,7 +24,9 @@ from nurture.advantages import (
 )
 
 
-def random_rows(seed: int, rows: int = 4, columns: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_rows(
+    seed: int, rows: int = 4, columns: int = 9
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rewards, values and a mask with prompts, gaps (environment turns) and padding; one row has no token at all."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(rows, columns, generator=generator) < 0.6

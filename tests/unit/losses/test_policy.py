@@ -167,7 +167,11 @@ def test_k2_has_the_gradient_of_the_divergence() -> None:
 
 
 def test_clipped_value_losses_by_hand() -> None:
-    values, old, returns = torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 0.9, 0.0]), torch.tensor([1.0, 3.0, 2.0])
+    values, old, returns = (
+        torch.tensor([1.0, 1.0, 0.0]),
+        torch.tensor([0.0, 0.9, 0.0]),
+        torch.tensor([1.0, 3.0, 2.0]),
+    )
     # The first moved by 1 but may move by 0.2: the clipped prediction 0.2 is off by 0.8, although the free one is right.
     assert clipped_value_losses(values, old, returns, 0.2).tolist() == pytest.approx([0.32, 2.0, 2.0])
     assert clipped_value_losses(values, old, returns, None).tolist() == pytest.approx([0.0, 2.0, 2.0])
@@ -223,7 +227,9 @@ def test_off_policy_mask_drops_only_bad_rollouts_that_are_far_away() -> None:
 def test_vespo_weighs_least_what_is_far_from_the_sampling_policy() -> None:
     mask = torch.ones(3, 1, dtype=torch.bool)
     logprobs = torch.tensor([[0.0], [2.0], [-2.0]])
-    terms = importance_terms(logprobs, torch.zeros(3, 1), torch.ones(3, 1), mask, PolicyLossConfig(loss_type="vespo"))
+    terms = importance_terms(
+        logprobs, torch.zeros(3, 1), torch.ones(3, 1), mask, PolicyLossConfig(loss_type="vespo")
+    )
     weight = vespo_weight(terms, PolicyLossConfig()).flatten().tolist()
     assert weight[0] == pytest.approx(1.0)
     assert max(weight[1:]) < 0.4

@@ -1,0 +1,659 @@
+"""What PPO and GRPO share: one loop, and the pieces it is made of.
+
+    prompts -> rollout -> score -> advantages -> train_step x epochs
+
+A *step* is one turn of that loop: rollouts by the current policy, then one update a minibatch. A stage gives `learn` a
+function `play(step)` that returns rollouts with their advantages, and the models to train on them. Rollouts are a pure
+function of (seed, step) and the weights, minibatches of (seed, step, epoch), so a run killed at any instant goes on bit
+for bit: the state is weights, moments, the step and a few numbers (`memory`).
+
+Every step logs what shows trouble: `rl/kl`, `rl/entropy`, `rl/clip_fraction`, `rl/length`, `rl/repetition`, and
+`rl/sampling_kl`, how far the engine's logprobs are from the trainer's for the same tokens.
+
+Source: the loop of InstructGPT (arXiv 2203.02155) and GRPO (arXiv 2402.03300); sampler mismatch: huggingface/trl#4159.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from nurture.advantages import alone
+from nurture.checkpoint import load_state, save_state
+from nurture.data.rows import Row
+from nurture.data.sources import is_endless, read_rows
+from nurture.errors import NurtureError
+from nurture.evals.overoptimisation import repetition
+from nurture.files import atomic_write_json, make_directory, read_json
+from nurture.inference.engine import Engine
+from nurture.inference.sampling import SamplingParams, sequence_seeds
+from nurture.losses.language import summed_loss
+from nurture.losses.policy import (
+    CorrectionMode,
+    PolicyLossConfig,
+    clipped_tokens,
+    importance_terms,
+    kl_k3,
+    policy_token_losses,
+    token_weights,
+)
+from nurture.model.parallel import whole_weights
+from nurture.model.transformer import Transformer
+from nurture.model.weights import empty_model
+from nurture.optim import Optimizer, OptimizerConfig, ScheduleConfig, learning_rate_factor
+from nurture.progress import progress_bar
+from nurture.recipe import Count
+from nurture.rollout import Rollout, RolloutBatch
+from nurture.runtime import Execution, ExecutionConfig, Processes, eager_blocks
+from nurture.stages.context import StageContext
+from nurture.stages.training import BUDGET_MARGIN, MOST_EVALUATIONS, Session, TrainingConfig
+from nurture.tokenizer import Tokenizer
+from nurture.trainer import (
+    LoopConfig,
+    Progress,
+    SaveTimer,
+    StepReport,
+    add_up,
+    largest_norm_of,
+    move_averages,
+    note_update,
+    open_metrics_log,
+    train_step,
+    use_averages,
+)
+from nurture.types import Batch, LossFunction, LossResult
+
+log = logging.getLogger(__name__)
+
+Sums = dict[str, tuple[float, float]]
+"""name -> (sum, count), added up over processes before the division."""
+
+
+class RLConfig(TrainingConfig):
+    """Settings that PPO and GRPO share."""
+
+    steps: PositiveInt | None = None
+    """Turns of the loop: rollouts, then the updates on them; or give `minutes`."""
+    prompts: Count = Field(default=4000, gt=0)
+    """Most prompts taken from an endless source."""
+    prompts_per_step: PositiveInt = 32
+    """Prompts whose completions make one step."""
+    group_size: PositiveInt = 1
+    """Completions of each prompt."""
+    batch_size: PositiveInt = 256
+    """Rollouts in one update (a minibatch); a step that has no more does one update."""
+    epochs: PositiveInt = 1
+    """Times each step's rollouts are trained on."""
+    sequence_length: PositiveInt = 256
+    """Longest episode in tokens, prompt included; prompts that leave no room for a reply are left out."""
+    max_tokens: PositiveInt = 100
+    """Longest reply (of one turn), in tokens."""
+    temperature: PositiveFloat = 1.0
+    """Of the sampling; the policy that is trained is the one at this temperature."""
+    rollout_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the matrices while sampling. bf16 is faster and does not quite sample the policy: see `correction`."""
+    correction: CorrectionMode | Literal["auto", "off"] = "auto"
+    """Weights for rollouts that the trainer's own policy would not quite sample: token_truncate, token_mask,
+    sequence_truncate, sequence_mask, off; auto: token_truncate where the engine's precision is not the trainer's."""
+    correction_limit: PositiveFloat = 3.0
+    """Largest such weight."""
+    heldout_prompts: PositiveInt = 200
+    """Held-out prompts that are measured on."""
+    heldout_every: int = Field(default=50, ge=2)
+    """One row in so many is held out, chosen by a hash of what it asks."""
+    loss: PolicyLossConfig = PolicyLossConfig()
+    """The policy's loss."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, weight_decay=0.0, beta2=0.99)
+    schedule: ScheduleConfig = ScheduleConfig(kind="constant", warmup_steps=5)
+    loop: LoopConfig = LoopConfig(log_every=1)
+    execution: ExecutionConfig = ExecutionConfig(precision="fp32", compile="off")
+    """Precision, compilation, memory. Rollouts differ in shape, so compiling rarely pays here."""
+
+
+# --- prompts --------------------------------------------------------------------------------------------------------
+
+
+class PromptStream:
+    """Rows to play, in an order that is a pure function of (seed, position): every epoch is another permutation."""
+
+    def __init__(self, rows: Sequence[Row], seed: int) -> None:
+        """Keep the rows."""
+        self.rows, self.seed = list(rows), seed
+
+    def __call__(self, step: int, count: int, attempt: int = 0) -> list[Row]:
+        """Return the rows of a step; `attempt` > 0 gives others (dynamic sampling asks again)."""
+        return [self._at(step * count + index, attempt) for index in range(count)]
+
+    def _at(self, position: int, attempt: int) -> Row:
+        epoch, index = divmod(position, len(self.rows))
+        return self.rows[int(shuffled(len(self.rows), self.seed, epoch, attempt)[index])]
+
+    def epochs(self, steps: int, count: int) -> float:
+        """Return how many times every row has been played once `steps` steps are done."""
+        return steps * count / len(self.rows)
+
+
+def shuffled(count: int, *address: int) -> Tensor:
+    """Return a permutation of `count` numbers, (count,) int64, a pure function of `address`."""
+    seed = 0
+    for part in address:
+        seed = sequence_seeds(seed + part, 1)[0]
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed % 2**63))
+
+
+def read_prompts(
+    config: RLConfig,
+    data: Mapping[str, str],
+    context: StageContext,
+    tokenizer: Tokenizer,
+    split: Literal["train", "heldout"],
+) -> list[Row]:
+    """Return the prompts of all sources that leave room for a reply, source by source in turn.
+
+    Raises:
+        NurtureError: no row has a prompt, or none leaves room.
+    """
+    found: list[list[Row]] = []
+    dropped = 0
+    most = config.prompts if split == "train" else max(1, config.heldout_prompts // max(1, len(data)))
+    for spec in data.values():
+        rows: list[Row] = []
+        stream = read_rows(
+            spec, split=split, base=context.base, heldout_every=config.heldout_every, world=context.world
+        )
+        for row in stream:
+            if not row.prompt:
+                continue
+            if len(tokenizer.encode_prompt(row.prompt)) + config.max_tokens > config.sequence_length:
+                dropped += 1
+                if dropped > 1000 and not rows:  # an endless source none of whose prompts fits
+                    break
+                continue
+            rows.append(row)
+            if len(rows) == most and (split == "heldout" or is_endless(spec)):
+                break
+        found.append(rows)
+    if dropped:
+        log.warning(
+            "%d prompts are left out: with a reply of max_tokens=%d they exceed sequence_length=%d tokens",
+            dropped,
+            config.max_tokens,
+            config.sequence_length,
+        )
+    longest = max((len(rows) for rows in found), default=0)
+    merged = [rows[index] for index in range(longest) for rows in found if index < len(rows)]
+    if not merged:
+        raise NurtureError(
+            f"stage '{config.name}': data has no {split} prompt that fits. Rows need a prompt (messages, or keys such "
+            f"as prompt or instruction), and prompt + max_tokens must not exceed sequence_length."
+        )
+    return merged
+
+
+# --- the batch ------------------------------------------------------------------------------------------------------
+
+
+def minibatches(batch: RolloutBatch, size: int, seed: int, step: int, epoch: int) -> Iterator[RolloutBatch]:
+    """Yield the rollouts in random parts of about `size` rows; as they are, if there are no more."""
+    rows = len(batch.token_ids)
+    if size >= rows:
+        yield batch
+        return
+    order = shuffled(rows, seed, step, epoch)
+    for part in order.tensor_split(max(1, round(rows / size))):
+        yield batch.select(part)
+
+
+def by_length(batch: RolloutBatch, most_tokens: int, world_size: int = 1) -> list[Tensor]:
+    """Return row numbers in parts of similar length: little padding, and at most `most_tokens` tokens a part.
+
+    With several processes the parts are as many in each: a power of two that fits the widest row everywhere.
+    """
+    lengths = (batch.document_ids >= 0).sum(1)
+    order = lengths.argsort(stable=True)
+    if world_size > 1:
+        rows, width = batch.token_ids.shape
+        parts = 1
+        while parts < rows and -(-rows // parts) * width > most_tokens:
+            parts *= 2
+        return list(order.tensor_split(parts))
+    parts_found: list[list[int]] = []
+    shortest = 0
+    for row in order.tolist():
+        length = int(lengths[row])
+        here = parts_found[-1] if parts_found else []
+        if not here or length > 1.4 * shortest + 16 or (len(here) + 1) * length > most_tokens:
+            parts_found.append([])
+            shortest = length
+        parts_found[-1].append(row)
+    return [torch.tensor(part) for part in parts_found]
+
+
+def microbatches(batch: RolloutBatch, config: RLConfig, execution: Execution) -> list[RolloutBatch]:
+    """Split a minibatch for `train_step`; the split cannot change the gradient."""
+    parts = by_length(batch, config.execution.microbatch_tokens, execution.processes.world_size)
+    return [batch.select(part).to(execution.device) for part in parts]
+
+
+@torch.no_grad()
+def score_rows(
+    batch: RolloutBatch,
+    config: RLConfig,
+    execution: Execution,
+    score: Callable[[RolloutBatch], Sequence[Tensor]],
+) -> list[Tensor]:
+    """Run `score` over the batch in microbatches and lay its (b, t) results out as (B, T) float32 on the CPU."""
+    results: list[Tensor] = []
+    for rows in by_length(batch, config.execution.microbatch_tokens, execution.processes.world_size):
+        with execution.autocast():
+            parts = score(batch.select(rows).to(execution.device))
+        if not results:
+            results = [torch.zeros(batch.token_ids.shape) for _ in parts]
+        for result, part in zip(results, parts, strict=True):
+            result[rows, : part.shape[1]] = part.float().cpu()
+    return results
+
+
+def logprobs_and_entropies(
+    model: nn.Module, batch: RolloutBatch, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the model's logprob of every completion token and the entropy it was drawn from.
+
+    Returns:
+        Two (B, T) float32 in nats, aligned with the tokens, 0 outside the mask; gradients flow.
+    """
+    ahead = model(batch.token_ids, labels=batch.labels, reduction="entropy", temperature=temperature)
+    return tuple(torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1) for x in ahead)  # type: ignore[return-value]
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PretrainingPart:
+    """A microbatch of text whose loss is added to the policy's (PPO-ptx).
+
+    Attributes:
+        batch: packed rows.
+        weight: of each label's loss; it holds the coefficient and both counts, because `loss_count` is 0.
+    """
+
+    batch: Batch
+    weight: float
+    loss_count: int = 0
+
+
+class PolicyLoss:
+    """The policy's loss on a microbatch of rollouts (or of text), with what is reported about it."""
+
+    def __init__(self, config: PolicyLossConfig, temperature: float) -> None:
+        """Keep the settings."""
+        self.config, self.temperature = config, temperature
+
+    def __call__(self, model: nn.Module, batch: RolloutBatch | PretrainingPart) -> LossResult:
+        """Return the loss; the batch's `extra` holds advantages and, where they are needed, old, reference logprobs."""
+        if isinstance(batch, PretrainingPart):
+            total, _ = summed_loss(model, batch.batch)
+            return LossResult(
+                total * batch.weight, {"ptx_loss": (total.item(), float(batch.batch.loss_count))}
+            )
+        config, mask, extra = self.config, batch.completion_mask, batch.extra
+        logprobs, entropies = logprobs_and_entropies(model, batch, self.temperature)
+        old = extra.get("old_logprobs")
+        terms = importance_terms(logprobs, old, extra["advantages"], mask, config, extra.get("correction"))
+        losses = policy_token_losses(
+            terms,
+            config,
+            sampling_logprobs=batch.logprobs,
+            reference_logprobs=extra.get("reference_logprobs"),
+            entropies=entropies,
+        )
+        total = (losses * token_weights(config.loss_type, mask))[mask].sum()
+        clipped = clipped_tokens(terms.ratio.detach(), terms.advantages, config.clip_low, config.clip_high)
+        tokens = float(mask.sum())
+        metrics = {
+            "policy_loss": (total.item(), float(batch.loss_count)),
+            "clip_fraction": (float(clipped[mask].sum()), tokens),
+            "entropy": (float(entropies.detach()[mask].sum()), tokens),
+        }
+        if old is not None:
+            metrics["update_kl"] = (float(kl_k3(old, logprobs.detach())[mask].sum()), tokens)
+        return LossResult(total, metrics | sampling_mismatch(logprobs.detach(), batch))
+
+
+def sampling_mismatch(old_logprobs: Tensor, batch: RolloutBatch) -> Sums:
+    """Say how far the engine's logprobs are from the trainer's for the same tokens and weights.
+
+    `sampling_kl` is the KL from the sampler to the trainer in nats a token (k3), `sampling_difference` the mean
+    absolute difference of the logprobs.
+    """
+    mask = batch.completion_mask
+    engine, trainer = batch.logprobs[mask], old_logprobs[mask]
+    tokens = float(mask.sum())
+    return {
+        "sampling_kl": (float(kl_k3(engine, trainer).sum()), tokens),
+        "sampling_difference": (float((engine - trainer).abs().sum()), tokens),
+    }
+
+
+def correction_mode(config: RLConfig, execution: Execution) -> CorrectionMode | None:
+    """Return how rollouts are corrected for the engine's differences, None if they are not."""
+    if config.correction == "auto":
+        return "token_truncate" if config.rollout_precision != execution.precision else None
+    return None if config.correction == "off" else config.correction
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Learner:
+    """A model in training: the policy, or PPO's value model."""
+
+    model: Transformer
+    optimizer: Optimizer
+    loss_fn: LossFunction
+    clip_norm: float
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass
+class Played:
+    """What a step has to learn from.
+
+    Attributes:
+        rollouts: of this process, for facts and samples.
+        batch: the same as tensors, with `extra["advantages"]`; its `row_count` is set for the loss.
+        sums: facts as (sum, count), logged as `rl/NAME`.
+        beside: microbatches added to every update of the policy, by the number of the update.
+    """
+
+    rollouts: list[Rollout]
+    batch: RolloutBatch
+    sums: Sums = field(default_factory=dict)
+    beside: Callable[[int, float], list[Any]] | None = None
+
+
+Play = Callable[[int], Played]
+
+
+def learn(
+    config: RLConfig,
+    context: StageContext,
+    learners: dict[str, Learner],
+    execution: Execution,
+    *,
+    seed: int,
+    steps: int,
+    play: Play,
+    memory: dict[str, Any],
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+) -> int:
+    """Run the loop from wherever `state/` says it is, and return the steps done.
+
+    Args:
+        learners: name -> model; "policy" is one of them.
+        play: prompts -> rollout -> score -> advantages, for a step; a pure function of the step and the weights.
+        memory: what else a resume must know, as JSON data; stages change it in place. `memory["stop"]` ends the loop.
+        evaluate: returns held-out metrics after so many steps.
+
+    Raises:
+        NurtureError: a loss stays NaN, or the disk is full.
+    """
+    processes, state = execution.processes, context.directory / "state"
+    together = nn.ModuleDict({name: learner.model for name, learner in learners.items()})
+    optimizers = Optimizer([part for learner in learners.values() for part in learner.optimizer.parts])
+    policy = learners["policy"].model
+    averages = (
+        {name: p.detach().clone() for name, p in policy.named_parameters()} if config.loop.average else {}
+    )
+    loaded = load_state(state, together, optimizers, averages, processes) or {"step": 0}
+    first = done = int(loaded["step"])
+    memory.update(loaded.get("memory", {}))
+    for name, kept in loaded.get("progress", {}).items():
+        learners[name].progress = Progress(**kept)
+    evaluate_every = config.loop.evaluate_every or -(-steps // MOST_EVALUATIONS)
+    save_due = SaveTimer(config.loop, processes)
+    with (
+        open_metrics_log(context.directory, config.loop, first, processes) as write,
+        progress_bar(config.name, steps, show=processes.is_main) as bar,
+    ):
+        bar.advance_to(first)
+        for step in range(first, steps):
+            if memory.get("stop"):
+                break
+            done, started = step + 1, time.monotonic()
+            factor = learning_rate_factor(config.schedule, step, steps)
+            for learner in learners.values():
+                learner.optimizer.set_factor(factor)
+            played = play(step)
+            seconds = {"play": time.monotonic() - started}
+            learned = update(config, learners, played, execution, seed, step, context)
+            sums = learned | rollout_sums(played.rollouts) | played.sums
+            move_averages(averages, policy, config.loop.average)
+            seconds["step"] = time.monotonic() - started
+            facts = {f"rl/{k}": total / max(count, 1e-9) for k, (total, count) in processes.sum(sums).items()}
+            facts |= {f"rl/seconds_{name}": value for name, value in seconds.items()}
+            if done % config.loop.log_every == 0 or done == steps:
+                write(done, facts | {"train/learning_rate_factor": factor})
+                bar.advance_to(done, f"reward {facts.get('rl/reward_mean', math.nan):.3f}")
+            if evaluate is not None and (done % evaluate_every == 0 or done == steps):
+                with torch.no_grad(), eager_blocks():
+                    write(done, evaluate(done))
+            if done == steps or memory.get("stop") or save_due(done):
+                kept = {name: vars(learner.progress) for name, learner in learners.items()}
+                save_state(
+                    state, done, together, optimizers, averages,
+                    {"memory": memory, "progress": kept}, processes, config.loop.keep,
+                )  # fmt: skip
+    if averages:
+        use_averages(averages, policy)
+    return done
+
+
+def update(
+    config: RLConfig,
+    learners: dict[str, Learner],
+    played: Played,
+    execution: Execution,
+    seed: int,
+    step: int,
+    context: StageContext,
+) -> Sums:
+    """Train every learner on the step's rollouts, `epochs` times in minibatches; return what is to be logged."""
+    sums: Sums = {}
+    number = 0
+    for epoch in range(config.epochs):
+        size = max(1, config.batch_size // execution.processes.world_size)
+        for minibatch in minibatches(played.batch, size, seed, step, epoch):
+            parts: list[Any] = list(microbatches(minibatch, config, execution))
+            for name, learner in learners.items():
+                beside = []
+                if name == "policy" and played.beside is not None:
+                    count = execution.processes.sum_number(float(minibatch.loss_count))
+                    beside = played.beside(number, count)
+                learner.model.train()
+                report = train_step(
+                    learner.model,
+                    learner.optimizer,
+                    [*parts, *beside],
+                    learner.loss_fn,
+                    clip_norm=learner.clip_norm,
+                    execution=execution,
+                    largest_norm=largest_norm_of(learner.progress, config.loop),
+                )
+                learner.model.eval()
+                note(learner, report, minibatch, config, step, context)
+                # Only before the first update are engine and trainer the same policy.
+                late = [key for key in report.metrics if key.startswith("sampling_")] if number else []
+                add_up(sums, {key: value for key, value in report.metrics.items() if key not in late})
+                prefix = "" if name == "policy" else f"{name}_"
+                add_up(sums, {f"{prefix}grad_norm": (report.grad_norm, 1.0)})
+            number += 1
+    return sums
+
+
+def note(
+    learner: Learner,
+    report: StepReport,
+    minibatch: RolloutBatch,
+    config: RLConfig,
+    step: int,
+    context: StageContext,
+) -> None:
+    """Keep the ledger of trained tokens; stop when a loss stays broken (nothing to learn from is fine)."""
+    tokens = learner.progress.tokens
+    tokens["completions"] = tokens.get("completions", 0) + int(minibatch.completion_mask.sum())
+    if report.metrics:
+        note_update(learner.progress, report, config.loop, step, context.directory)
+
+
+def rollout_sums(rollouts: Sequence[Rollout]) -> Sums:
+    """Return what can be said of any rollouts: reward, length, how they ended, how much they repeat themselves."""
+    count = float(len(rollouts))
+    rewards = [rollout.reward for rollout in rollouts if not math.isnan(rollout.reward)]
+    written = [own_tokens(rollout) for rollout in rollouts]
+    sums: Sums = {
+        "reward_mean": (sum(rewards), float(len(rewards))),
+        "length": (float(sum(map(len, written))), count),
+        "turns": (float(sum(rollout.turns for rollout in rollouts)), count),
+        "stopped": (float(sum(rollout.finished == "stop" for rollout in rollouts)), count),
+        "repetition": (sum(repetition(tokens) for tokens in written), count),
+        "different": (float(len({tuple(tokens) for tokens in written})), count),
+        "ungraded": (count - len(rewards), count),
+    }
+    for rollout in rollouts:
+        add_up(sums, {f"reward/{name}": (value, 1.0) for name, value in rollout.reward_parts.items()})
+    return sums
+
+
+def plan_rl_steps(
+    config: RLConfig,
+    context: StageContext,
+    session: Session,
+    learners: dict[str, Learner],
+    play: Play,
+    memory: dict[str, Any],
+    evaluation_seconds: float,
+) -> int:
+    """Return how many steps the stage does: `steps`, or what fits into `minutes`, measured and kept in state/plan.json.
+
+    Raises:
+        NurtureError: neither is given, or the budget is too short for a step.
+    """
+    if config.steps is not None:
+        return config.steps
+    if config.minutes is None:
+        raise NurtureError(f"stage '{config.name}': say how long to train with steps or minutes.")
+    plan_file = context.directory / "state" / "plan.json"
+    processes = session.execution.processes
+    if plan_file.exists():
+        return int(read_json(plan_file, f"Delete {plan_file.parent} to start the stage anew.")["steps"])
+    times, untouched = [], dict(memory)
+    for learner in learners.values():
+        learner.optimizer.set_factor(0.0)  # real updates that change nothing
+    for step in range(2):
+        started = time.monotonic()
+        update(config, learners, play(step), session.execution, session.seed, step, context)
+        times.append(time.monotonic() - started)
+    for learner in learners.values():
+        learner.progress = Progress()
+        for part in learner.optimizer.parts:
+            part.state.clear()
+    memory.clear()
+    memory.update(untouched)
+    spent = time.monotonic() - session.opened + (MOST_EVALUATIONS + 1) * evaluation_seconds
+    steps = int(processes.agree(int((config.minutes * 60 * BUDGET_MARGIN - spent) / times[-1])))
+    if steps < 1:
+        raise NurtureError(
+            f"stage '{config.name}': {config.minutes} minutes are too short; a step takes {times[-1]:.1f} s, and "
+            f"{spent:.0f} s go to opening and evaluating. Give it more minutes, or fewer prompts_per_step."
+        )
+    if processes.is_main:
+        make_directory(plan_file.parent)
+        atomic_write_json(plan_file, {"steps": steps, "seconds_per_step": round(times[-1], 3)})
+    return steps
+
+
+def updates_per_step(config: RLConfig) -> int:
+    """Return how many updates of the policy a step does."""
+    rows = config.prompts_per_step * config.group_size
+    return config.epochs * max(1, round(rows / config.batch_size))
+
+
+def summed_over(processes: Processes) -> Callable[[Tensor], Tensor]:
+    """Return a function that adds up a small tensor over all processes."""
+    if processes.world_size == 1:
+        return alone
+    return lambda sums: torch.tensor([processes.sum_number(float(value)) for value in sums], dtype=sums.dtype)
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+
+class PolicyEngine:
+    """An engine that samples from the policy as it is now, also where the policy is sharded over processes."""
+
+    def __init__(
+        self, policy: Transformer, execution: Execution, precision: str, max_batch: int = 256
+    ) -> None:
+        """Prepare an engine; with several processes, a whole copy of the policy for it."""
+        self._policy, self._execution = policy, execution
+        self._copy = None
+        if execution.processes.world_size > 1:
+            self._copy = empty_model(policy.config, "lm", torch.float32, execution.device)
+        dtype = torch.bfloat16 if precision == "bf16" else None
+        self._engine = Engine(self._copy or policy, max_batch=max_batch, dtype=dtype)
+
+    def now(self) -> Engine:
+        """Return the engine with the policy's present weights. All processes must call it together."""
+        if self._copy is not None:
+            self._copy.load_state_dict(whole_weights(self._policy))
+        return self._engine
+
+
+def reply_rollouts(
+    engine: Engine, tokenizer: Tokenizer, rows: Sequence[Row], seeds: Sequence[int], config: RLConfig
+) -> list[Rollout]:
+    """Let the policy answer prompts: one rollout a seed, as many to every prompt."""
+    copies = len(seeds) // len(rows)
+    prompts = [tokenizer.encode_prompt(row.prompt or ()) for row in rows]
+    params = SamplingParams(
+        max_tokens=config.max_tokens, temperature=config.temperature, stop_token_ids=tokenizer.stop_token_ids
+    )
+    completions = engine.generate([prompt for prompt in prompts for _ in range(copies)], params, seeds)
+    rollouts = []
+    for index, completion in enumerate(completions):
+        row, prompt = rows[index // copies], prompts[index // copies]
+        text = tokenizer.decode(completion.token_ids, skip_special=True)
+        rollouts.append(
+            Rollout(
+                prompt_ids=prompt,
+                token_ids=[*prompt, *completion.token_ids],
+                completion_mask=[False] * len(prompt) + [True] * len(completion.token_ids),
+                logprobs=[0.0] * len(prompt) + completion.logprobs,
+                group=index // copies,
+                finished="stop" if completion.finish_reason == "stop" else "length",
+                messages=[*(row.prompt or ()), {"role": "assistant", "content": text}],
+            )
+        )
+    return rollouts
+
+
+def own_tokens(rollout: Rollout) -> list[int]:
+    """Return the tokens that the policy wrote."""
+    return [token for token, own in zip(rollout.token_ids, rollout.completion_mask, strict=True) if own]
+
+
+def rollout_seeds(seed: int, step: int, attempt: int, count: int) -> list[int]:
+    """Return the seeds of a step's rollouts: a pure function of the address."""
+    base = sequence_seeds(sequence_seeds(seed, 1)[0] + step, 1)[0]
+    return sequence_seeds(base + attempt, count)

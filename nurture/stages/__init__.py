@@ -47,6 +47,23 @@ STAGES: dict[str, StageKind] = {
             "nurture sft --model smollm2.gguf --data 'rows/*.parquet' epochs=2",
         ),
     ),
+    "reward": StageKind(
+        "nurture.stages.reward",
+        "Learn which of two answers people prefer: a reward model from rankings.",
+        (
+            "nurture reward --model runs/tiny/02-sft --data world:tasks",
+            "nurture reward --model runs/tiny/02-sft --data runs/tiny/labels.jsonl",
+            "nurture reward --model smollm2.gguf --data 'rows/*.jsonl' ties=drop --minutes 60",
+        ),
+    ),
+    "ppo": StageKind(
+        "nurture.stages.ppo",
+        "Raise a reward model's score by PPO, close to the start: reinforcement learning from human feedback.",
+        (
+            "nurture ppo --model runs/tiny/02-sft --data world:tasks reward_model=runs/tiny/03-reward steps=60",
+            "nurture ppo --model sft --data prompts.jsonl reward_model=rm kl.target=6 lora.rank=16 steps=500",
+        ),
+    ),
 }
 """Kind -> where it is. The order is the order of the pipeline and of the help."""
 

@@ -220,6 +220,50 @@ def report(
         table.print_report(runs, _console())
 
 
+@app.command(
+    rich_help_panel=_RECIPES,
+    epilog=_examples(
+        "nurture superficial runs/tiny",
+        "nurture superficial runs/tiny questions=200 examples=[10,100] --out trial.json",
+    ),
+)
+def superficial(
+    run_directory: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run with a base model and an sft stage.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Size of the experiment: questions, examples, shots ..."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the numbers [dim](default: RUN/superficial.json)[/dim].")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Is alignment superficial? Score against bits of adaptation, best of n, and facts that were never pretrained."""
+    from nurture.evals.superficial import SuperficialConfig
+    from nurture.files import atomic_write_json
+    from nurture.recipe import Document, apply_overrides, check
+    from nurture.report.superficial import FILE, print_section, run_experiment
+
+    document = Document("nurture superficial")
+    apply_overrides(document, settings or [], roots={}, known=tuple(SuperficialConfig.model_fields))
+    config = check(SuperficialConfig, document)
+    document.raise_problems()
+    assert config is not None  # else there was a problem
+    world = _world_of(run_directory / "model")  # any place inside the run
+    measured = run_experiment(run_directory, config, world, say=lambda line: print(line, file=sys.stderr))
+    atomic_write_json(out or run_directory / FILE, measured)
+    if json:
+        import json as json_module
+
+        print(json_module.dumps(measured, indent=2))
+    else:
+        print_section(measured, _console())
+
+
 @app.command(rich_help_panel=_RECIPES, epilog=_examples("nurture recipes", "nurture recipes tiny > my.yaml"))
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe, to start your own from.")] = None,
@@ -513,6 +557,40 @@ def chat(
         max_tokens=max_tokens,
         seed=seed,
         prompt=prompt,
+    )
+
+
+@app.command(
+    rich_help_panel=_MODELS,
+    epilog=_examples(
+        "nurture serve runs/tiny",
+        "nurture serve runs/tiny smollm2 --port 8080",
+        "nurture serve runs/tiny --host 0.0.0.0",
+    ),
+)
+def serve(
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH...", help="Runs, stages, checkpoints, .gguf files, or smollm2."),
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine's need a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option(help="What clients must show [dim](default: made up where one is needed)[/dim]."),
+    ] = None,
+) -> None:
+    """Open the studio in the browser, and an OpenAI-compatible API, for every stage of a run."""
+    try:
+        from nurture.studio.server import serve as serve_studio
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("starlette", "uvicorn"):
+            raise
+        raise NurtureError("the studio needs the extra packages: pip install 'nurture[serve]'") from None
+    serve_studio(
+        paths, host=host, port=port, token=token, say=lambda line: _console().print(line, soft_wrap=True)
     )
 
 

@@ -1,6 +1,6 @@
 """Line charts as inline SVG: no script, no network, no dependency, and they follow the page's light or dark colours.
 
-A chart is drawn small (440 x 270 units) and scaled by the page, so that its text can be read on a phone. Colour is never
+A chart is drawn small (440 x 270 units) and scaled by the page, so that its text can be read on a phone. Colour is not
 the only sign: lines of different runs or sources also differ in their dashes. Everything a caller passes is escaped.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
@@ -104,7 +104,10 @@ def _finite(line: Line) -> Line:
 def _x_axis(values: Sequence[float], log: bool) -> tuple[_Axis, list[tuple[float, str]]]:
     start, end = _LEFT, WIDTH - _RIGHT
     if not log:
-        return _linear_axis(values, start, end, None)
+        axis, ticks = _linear_axis(values, start, end, None)
+        # Steps seldom end at a round number: the line gets the whole width, and ticks past its end are left out.
+        last = max(values) if max(values) > min(values) else axis.high
+        return replace(axis, high=last), [tick for tick in ticks if tick[0] <= last]
     positive = [value for value in values if value > 0] or [1.0]
     first, last = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
     has_zero = min(values) <= 0
@@ -140,7 +143,7 @@ def _short(value: float, step: float = 1.0) -> str:
             return f"{value / size:g}{letter}"
     if value and abs(value) < 1e-3 and step < 1e-3:
         return f"{value:.0e}"
-    digits = max(0, -math.floor(math.log10(step) + 1e-9)) + (1 if f"{step:e}".startswith("2.5") else 0)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9) + f"{step:e}".startswith("2.5"))
     return f"{value:.{digits}f}"
 
 

@@ -2,8 +2,8 @@
 
 The page is a template filled with plain data. It holds its own style and drawings, loads nothing, runs no script, and
 follows the reader's light or dark setting. Text that a model wrote is untrusted: the template escapes everything, and
-only the charts, which escape for themselves, are passed as markup. A difference is called better or worse only where its
-95 % interval leaves out zero; main failure mode of a page like this is to let noise look like progress.
+only the charts, which escape for themselves, are passed as markup. A difference is called better or worse only where
+its 95 % interval leaves out zero: the main failure mode of such a page is to let noise look like progress.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ FAMILIES = (
     ("Is preferred", ("gold_win_rate", "gold_reward", "proxy_reward", "kl")),
     ("Judges: the reward model", ("pair_accuracy", "pair_ceiling", "tie_accuracy", "tie_ceiling", "calibration_error",
                                   "longer_preferred")),
-    ("Remembers over a long context", ("passkey", "passkey_yarn")),
-    ("Mixture", ("share",)),
+    ("Finds a hidden number again in a long text", ("passkey", "passkey_yarn")),
+    ("Mixture: share of the training tokens", ("share",)),
 )  # fmt: skip
-"""Tables of the page, and the measures (before the slash) in each. What is in none of them goes to "Else"."""
+"""Tables of the page, and the measures (before the slash) in each. What is in none of them goes to "Other"."""
 
 LOWER_IS_BETTER = frozenset({"bpb", "harm", "over_refusal", "calibration_error", "repetition"})
 NEITHER_IS_BETTER = frozenset(
@@ -46,7 +46,7 @@ NEITHER_IS_BETTER = frozenset(
 )
 
 MEANINGS = {
-    "bpb": "bits per byte of held-out text of a source; lower is better, and tokenizers can be compared",
+    "bpb": "bits per byte of held-out text of a source of that stage; lower is better, tokenizers can be compared",
     "share": "part of the training tokens that came from a source",
     "facts": "held-out questions about people, towns and animals answered right",
     "cloze": "the true ending of a sentence about a held-out person is likelier than four false ones (chance 20 %)",
@@ -143,9 +143,9 @@ def families(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the tables: title, columns, and a row per stage that measured something of it."""
     measured = list(dict.fromkeys(name for row in rows for name in row.values))
     placed = {kind for _, kinds in FAMILIES for kind in kinds}
-    else_kinds = tuple(dict.fromkeys(_kind(name) for name in measured if _kind(name) not in placed))
+    other_kinds = tuple(dict.fromkeys(_kind(name) for name in measured if _kind(name) not in placed))
     tables = []
-    for title, kinds in (*FAMILIES, ("Else", else_kinds)):
+    for title, kinds in (*FAMILIES, ("Other", other_kinds)):
         columns = [name for kind in kinds for name in measured if _kind(name) == kind]
         lines = [
             (row.name, [cell(row, name) for name in columns])
@@ -158,7 +158,9 @@ def families(rows: Sequence[Row]) -> list[dict[str, Any]]:
         start = [_start_cell(first, name) for name in columns]
         if any(start):
             lines.insert(0, (f"before {first.name}", start))
-        tables.append({"title": title, "columns": columns, "rows": lines})
+        # Where all columns are of one kind, the title names it.
+        short = [name.split("/", 1)[-1] for name in columns] if len({*map(_kind, columns)}) == 1 else columns
+        tables.append({"title": title, "columns": short, "rows": lines})
     return tables
 
 
@@ -302,7 +304,8 @@ def _curves(row: Row, title: str, unit: str, names: Sequence[str], run_names: Se
             label = name.split("/", 1)[-1].removeprefix("bpb/")
             label = f"{label}, {run_names[run]}" if several else label
             points = record.curves.get(name, [])
-            lines.append(Line(label, points, colour, dashes=run % 4, marks=len(points) < 20))
+            dashes = (run if several else colour) % 4
+            lines.append(Line(label, points, colour, dashes, marks=len(points) < 20))
     return line_chart(title, lines, x_label="step", y_label=unit)
 
 

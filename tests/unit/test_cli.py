@@ -66,6 +66,23 @@ def test_report_json_is_the_shape_of_the_design(here: Path, nurture: Nurture):
     assert stage["metrics"]["format"]["after"] == 0.9
 
 
+def test_report_writes_a_page_and_takes_several_runs(here: Path, nurture: Nurture):
+    nurture("run", "trial.yaml")
+    nurture("run", "trial.yaml", "--out", "runs/again")
+    done = nurture("report", "runs/trial", "runs/again", "--html", "page.html", "--json")
+    assert done.code == 0, done.err
+    assert "wrote page.html" in done.err
+    assert json.loads(done.out)["run"] == "trial, again"
+    assert "2 runs" in (here / "page.html").read_text()
+    assert nurture("report", "runs/trial", "runs/none").code == 1
+
+
+def test_superficial_says_what_it_needs(here: Path, nurture: Nurture):
+    nurture("run", "trial.yaml")
+    assert "needs a base model and an sft stage" in nurture("superficial", "runs/trial").err
+    assert "Did you mean 'questions'" in nurture("superficial", "runs/trial", "question=3").err
+
+
 def test_status_tells_what_would_run_and_why(here: Path, nurture: Nurture):
     nurture("run", "trial.yaml", "--until", "grow")
     assert "has not run yet" in nurture("status", "trial.yaml").out

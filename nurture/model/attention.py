@@ -6,7 +6,8 @@ computes exactly what separate rows would. Grouped-query attention: each key/val
 
 On a CPU, plain batched matrix multiplications beat the library's fused attention by 2 to 7 times at the lengths small
 models train at, and inductor melts the softmax between them into one pass. Queries are taken in blocks: a block meets
-only the keys before its end (which skips the empty upper triangle), and no T x T matrix exists at once.
+only the keys before its end (which skips the empty upper triangle) and, uncompiled, only those from the start of its
+first document on; no T x T matrix exists at once.
 
 From `FUSED_FROM` tokens on the fused kernel wins, and memory matters: it keeps no scores, so memory grows linearly with
 T. It knows no documents, so each document is a call of its own; the work is then the sum of their squared lengths.
@@ -89,21 +90,34 @@ def _blocked_attention(
     k_BKSH, v_BKSH = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
     # The backward pass of long rows computes each block's scores again instead of keeping them.
     recompute = first + tokens >= FUSED_FROM and torch.is_grad_enabled()
+    lows = _first_keys(document_ids, first + tokens)
     outs = []
     for start in range(0, tokens, QUERY_BLOCK):
         queries = q_BKGTH[:, :, :, start : start + QUERY_BLOCK]
-        stop = first + start + queries.shape[3]
-        block = (queries, k_BKSH[:, :, :stop], v_BKSH[:, :, :stop], document_ids, first + start)
+        low, stop = lows[first + start], first + start + queries.shape[3]
+        ids = None if document_ids is None else document_ids[:, low:stop]
+        block = (queries, k_BKSH[:, :, low:stop], v_BKSH[:, :, low:stop], ids, first + start - low)
         out = checkpoint(_attend_block, *block, use_reentrant=False) if recompute else _attend_block(*block)
         outs.append(out)
     out_BKGTH = torch.cat(outs, dim=3)
     return out_BKGTH.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, head_width)
 
 
+def _first_keys(document_ids: Tensor | None, columns: int) -> list[int]:
+    """Return for every column the first one that a query there, or to its right, can see in any row."""
+    if document_ids is None or torch.compiler.is_compiling():  # a compiled block knows shapes, not contents
+        return [0] * columns
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    places = torch.arange(document_ids.shape[1], device=document_ids.device)
+    lows: list[int] = torch.where(starts, places, 0).cummax(1).values.amin(0).tolist()
+    return lows
+
+
 def _attend_block(
     q_BKGTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, document_ids: Tensor | None, start: int
 ) -> Tensor:
-    """Attend from the queries of columns `start` and on to all keys up to their last, (B, K, G, T, H)."""
+    """Attend from the queries of columns `start` and on to all keys given, (B, K, G, T, H)."""
     batch, kv_heads, group, queries, head_width = q_BKGTH.shape
     keys = k_BKSH.shape[2]
     flat = (batch * kv_heads, group * queries, head_width)
@@ -112,8 +126,7 @@ def _attend_block(
     columns = torch.arange(keys, device=scores.device)
     visible = columns <= columns[start:, None]
     if document_ids is not None:
-        ids = document_ids[:, :keys]
-        visible = visible & (ids[:, start:, None] == ids[:, None, :])
+        visible = visible & (document_ids[:, start:, None] == document_ids[:, None, :])
         visible = visible[:, None, None]
     scores = scores.view(batch, kv_heads, group, queries, keys).masked_fill(~visible, float("-inf"))
     weights = scores.softmax(-1).to(v_BKSH.dtype)

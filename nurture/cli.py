@@ -196,7 +196,7 @@ def _print_status(out: Path, steps: list[Any]) -> None:
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Folder of a run, or of several runs of one recipe."),
+        typer.Argument(metavar="RUN", help="Folder of a run, or of several runs of one recipe."),
     ],
     html: Annotated[
         Path | None, typer.Option(help="Write a page with plots and replies to this file.")

@@ -111,21 +111,22 @@ def on_frontier(program: Program, programs: Sequence[Program]) -> bool:
 def rounded_adapters(model: Transformer, bits: int) -> Iterator[float]:
     """Round the adapters of `model` to 2^bits - 1 levels while inside; yield how many bits they then take.
 
-    Each matrix has levels symmetric around 0 and a scale of 32 bits; the levels are coded with their own frequencies.
+    Each matrix has levels symmetric around 0 and a scale of 32 bits; the levels of all of them are coded together, with
+    their own frequencies.
 
     Raises:
         ValueError: fewer than 2 bits leave no level but zero.
     """
     if bits < 2:
         raise ValueError(f"adapters need at least 2 bits a number, got {bits}")
-    kept, length = [], 0.0
+    kept, written = [], []
     for matrix in adapter_matrices(model):
         levels, scale = _levels(matrix, bits)
-        length += _level_bits(levels, bits) + _SCALE_BITS
+        written.append(levels.flatten())
         kept.append((matrix, matrix.detach().clone()))
         matrix.copy_(levels * scale)
     try:
-        yield length
+        yield _SCALE_BITS * len(kept) + _level_bits(torch.cat(written), bits)
     finally:
         for matrix, original in kept:
             matrix.copy_(original)

@@ -22,7 +22,7 @@ from nurture import __version__, files
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure
 from nurture.report.charts import Line, line_chart
-from nurture.report.records import Row, StageRecord, is_rate, read_rows
+from nurture.report.records import Row, StageRecord, read_rows
 from nurture.report.superficial import superficial_section
 from nurture.report.table import RATES, clock
 
@@ -212,7 +212,7 @@ def _interval(name: str, measure: Measure, sign: bool = False) -> str:
         return ""
     if sign:
         return f"{_signed(name, measure.low)} to {_signed(name, measure.high)}"
-    if is_rate(name):
+    if _kind(name) in RATES:
         return f"{100 * measure.low:.1f} to {100 * measure.high:.1f}"
     return f"{measure.low:.3f} to {measure.high:.3f}"
 
@@ -276,7 +276,9 @@ def _large(number: float) -> str:
 _MAIN: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("Loss", "nats", lambda name: name in ("train/loss", "eval/loss")),
     ("Bits per byte, held out", "bits per byte", lambda name: name.startswith("eval/bpb/")),
-    ("Reward", "reward", lambda name: name in ("rl/reward_mean", "rl/reward", "eval/proxy", "eval/gold")),
+    ("Reward in training", "reward", lambda name: name == "rl/reward_mean"),
+    ("Proxy reward, held out", "reward", lambda name: name == "eval/proxy"),
+    ("Gold reward, held out", "reward", lambda name: name == "eval/gold"),
     ("KL from the start", "nats a reply", lambda name: name in ("rl/kl", "eval/kl")),
     ("Pair accuracy", "share of pairs", lambda name: name in ("eval/pair_accuracy", "eval/pair_ceiling")),
 )

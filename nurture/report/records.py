@@ -119,8 +119,8 @@ class StageRecord:
 
 
 def is_rate(name: str) -> bool:
-    """Say whether a measure is a share of independent items (the mixture's shares are not)."""
-    return name.split("/")[0] in RATES - {"share"}
+    """Say whether a measure is a share of independent items; tokens of a mixture and pairs of a prompt are not."""
+    return name.split("/")[0] in RATES - {"share", "pair_accuracy", "pair_ceiling", "tie_accuracy"}
 
 
 def read_run(directory: Path) -> list[StageRecord]:
@@ -216,7 +216,8 @@ def merged(rows: Sequence[Row], directories: Sequence[Path]) -> dict[str, Any]:
         facts = {"name": row.name, "kind": row.kind, "seconds": round(row.mean("seconds"), 3)}
         stages.append({**facts, "tokens": round(row.mean("tokens")), "metrics": metrics})
     names = ", ".join(directory.resolve().name for directory in directories)
-    return {"run": names, "seconds": round(sum(s["seconds"] for s in stages), 3), "stages": stages}
+    seconds = sum(round(row.mean("seconds"), 3) for row in rows)
+    return {"run": names, "seconds": round(seconds, 3), "stages": stages}
 
 
 def _optional(path: Path) -> Any:

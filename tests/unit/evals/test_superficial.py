@@ -77,7 +77,7 @@ def test_rounded_adapters_are_short_and_come_back(model: Transformer) -> None:
     for bits in (2, 4, 8):
         with rounded_adapters(model, bits) as length:
             lengths[bits] = length
-            errors[bits] = sum(float((m - b).square().sum()) for m, b in zip(adapter_matrices(model), before, strict=True))  # fmt: skip
+            errors[bits] = sum(float((m - b).square().sum().detach()) for m, b in zip(adapter_matrices(model), before, strict=True))  # fmt: skip
             assert all(len(matrix.unique()) <= 2**bits - 1 for matrix in adapter_matrices(model))
     assert lengths[2] < lengths[4] < lengths[8]
     assert errors[2] > errors[4] > errors[8] > 0
@@ -170,7 +170,12 @@ def test_the_smallest_experiment(model: Transformer, tokenizer: Tokenizer, world
     assert json.loads(json.dumps(measured)) == measured
     names = [(p["model"], p["construction"], p["detail"]) for p in measured["programs"]]
     assert ("base", "data", "4 examples") in names
-    assert ("random", "adapter", "rank 2, 2 bits") in names
+    assert ("base", "adapter", "rank 2, 2 bits") in names
+    assert [detail for model, _, detail in names if model == "random"] == [
+        "as it is",
+        "2 examples",
+        "4 examples",
+    ]
     assert ("sft", "data", "4 examples") not in names
     assert all((p["bits"] == 0) == (p["construction"] == "nothing") for p in measured["programs"])
     sizes = [p["bits"] for p in measured["programs"] if (p["model"], p["construction"]) == ("base", "data")]

@@ -91,7 +91,7 @@ class SuperficialConfig(Section):
     target: float = Field(default=0.9, gt=0, le=1)
     """Bits are compared where this share of the best score is reached."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3)
-    """Of every fine-tuning here. Much slower, and ten examples do not even teach the form; faster, and they erase facts."""
+    """Of every fine-tuning here. Much slower, and few examples do not teach the form; faster, and they erase facts."""
     seed: NonNegativeInt = 0
     """Of the training sets, the order and the fresh weights."""
 
@@ -466,8 +466,13 @@ def _about_kind(
     )
     base, other = lines[BASE]["bits"], lines[RANDOM]["bits"]
     if base is None:
+        ours, theirs = (
+            max((p.correct for p in programs if p.model == model), key=lambda m: m.value)
+            for model in (BASE, RANDOM)
+        )
         said.append(
-            "So nothing tried brings this ability out of the base: it is not superficial by this measure."
+            "So nothing tried brings this ability out of the base: it is not superficial by this measure. Still, the "
+            f"base's best program {_compared(difference(theirs, ours), 'the best one of fresh weights')}."
         )
     elif other is None or other > base:
         said.append(

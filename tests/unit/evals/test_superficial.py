@@ -140,6 +140,7 @@ def test_the_words_follow_the_numbers() -> None:
     taught = [{**e, "asked": rate([1] * 60 + [0] * 40)} if e["group"] == "taught" else e for e in FACTS]
     said = conclusions(deep, chances(2, 40), taught, 0.9)
     assert "it is not superficial by this measure" in said[0]
+    assert "best program falls short of the best one of fresh weights" in said[0]
     assert "perfect judge falls short of fine-tuning" in said[0]
     assert "can add facts here" in said[1]
 

@@ -35,12 +35,14 @@ class Entry:
         path: what `load_chat_model` takes.
         kind: kind of the stage that made it ("sft"), or "model".
         made: when its files were written, seconds since 1970.
+        is_base: continues text instead of answering, as far as its files tell.
     """
 
     name: str
     path: Path
     kind: str
     made: float
+    is_base: bool
 
 
 class Library:
@@ -76,12 +78,12 @@ class Library:
     def entries(self) -> list[Entry]:
         """Return the language models there are now, runs first, their stages in order."""
         found = [
-            Entry(f"{run}/{stage.name}", stage, _stage_kind(stage), _made(stage))
+            _entry(f"{run}/{stage.name}", stage, _stage_kind(stage))
             for run, folder in self.runs.items()
             for stage in finished_stages(folder)
             if (stage / "model" / CONFIG).is_file() and checkpoint_head(stage / "model") == "lm"
         ]
-        return found + [Entry(name, path, "model", _made(path)) for name, path in self._single.items()]
+        return found + [_entry(name, path, "model") for name, path in self._single.items()]
 
     def find(self, name: str) -> Entry:
         """Return the model of this name; the stage alone (`02-sft`, `sft`) will do where only one is meant.
@@ -135,6 +137,19 @@ class Library:
     def run_of(self, entry: Entry) -> Path | None:
         """Return the folder of the run a model belongs to, or None."""
         return self.runs.get(entry.name.split("/")[0]) if "/" in entry.name else None
+
+
+def _entry(name: str, path: Path, kind: str) -> Entry:
+    folder = path / "model" if (path / "model").is_dir() else path
+    without_template = folder.is_dir() and not _has_template(folder)
+    return Entry(name, path, kind, _made(path), kind in ("pretrain", "extend") or without_template)
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and "chat_template" in settings.read_text(encoding="utf-8")
 
 
 def _is_run(path: Path) -> bool:

@@ -351,6 +351,7 @@ def _model_object(entry: Entry) -> dict[str, Any]:
         "created": int(entry.made),
         "owned_by": "nurture",
         "kind": entry.kind,
+        "is_base": entry.is_base,
     }
 
 

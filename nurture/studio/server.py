@@ -26,7 +26,8 @@ from nurture.studio.batcher import Batcher
 from nurture.studio.guard import LOCAL_HOSTS, Guard
 from nurture.studio.library import Library
 from nurture.studio.openai import Api
-from nurture.studio.requests import Refused, error_response, json_response
+from nurture.studio.pages import Pages
+from nurture.studio.requests import Refused, error_response
 
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
@@ -41,9 +42,6 @@ def build_app(library: Library, token: str | None = None) -> Starlette:
         yield
         batcher.close()
 
-    async def load(request: Request) -> Response:
-        return json_response(batcher.load())
-
     async def failed(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             said = f"{request.method} {request.url.path[:100]}: {error.detail}"
@@ -51,14 +49,14 @@ def build_app(library: Library, token: str | None = None) -> Starlette:
         return error_response(error)
 
     return Starlette(
-        routes=[*api.routes(), Route("/studio/load", load), *_pages()],
+        routes=[*api.routes(), *Pages(api).routes(), *_files()],
         middleware=[Middleware(Guard, token=token)],
         exception_handlers={HTTPException: failed},
         lifespan=lifespan,
     )
 
 
-def _pages() -> list[Route]:
+def _files() -> list[Route]:
     """Return the routes of the files in `web/`."""
     files = {
         file.name: (file.read_bytes(), _TYPES[Path(file.name).suffix])

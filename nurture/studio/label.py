@@ -1,0 +1,117 @@
+"""What people write and rank, kept beside the run: `RUN/labels/rankings.jsonl` and `demonstrations.jsonl`.
+
+Rows are the pipeline's own (`data/rows.py`): a ranking can be given to a reward stage, a demonstration to SFT, as they
+are. A row is one line, written and flushed to the device before the page says "saved"; half a line, of a server that
+was killed while writing, is cut off before the next one is written. Every row has the id its page made up, and an id
+that is there already is not written again, so that a second click or a repeated request cannot count twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import Counter, defaultdict
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from nurture import files
+from nurture.data.rankings import Ranking, agreement
+from nurture.data.rows import parse_ranking, parse_rows
+from nurture.model.hugging_face import CONFIG, checkpoint_head
+from nurture.report.table import finished_stages
+
+RANKINGS, DEMONSTRATIONS = "rankings.jsonl", "demonstrations.jsonl"
+_writing = threading.Lock()
+
+
+def save(run: Path, name: str, record: dict[str, Any]) -> bool:
+    """Add a row; return whether it is new.
+
+    Args:
+        name: `RANKINGS` or `DEMONSTRATIONS`.
+        record: the row, with an `id`.
+
+    Raises:
+        NurtureError: the pipeline could not read such a row, or the disk cannot be written.
+    """
+    parse_rows(record, "your label")
+    path = files.make_directory(run / "labels") / name
+    with _writing, files.clear_disk_errors(path), open(path, "a+b") as file:
+        file.seek(0)
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            content = content[: content.rfind(b"\n") + 1]
+            file.truncate(len(content))
+        if any(row.get("id") == record["id"] for row in _rows(content)):
+            return False
+        file.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return True
+
+
+def read(run: Path, name: str) -> list[dict[str, Any]]:
+    """Return the rows there are."""
+    path = run / "labels" / name
+    return _rows(path.read_bytes()) if path.is_file() else []
+
+
+def _rows(content: bytes) -> list[dict[str, Any]]:
+    whole = content[: content.rfind(b"\n") + 1]
+    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """Return who has labelled how much, and how far they agree on what several have ranked."""
+    rankings = read(run, RANKINGS)
+    by_comparison: dict[str, dict[str, Ranking]] = defaultdict(dict)
+    for row in rankings:
+        by_comparison[_comparison(row)][row["labeler"]] = _ranking(row)
+    both = [
+        (one, other) for group in by_comparison.values() for one, other in combinations(group.values(), 2)
+    ]
+    agreed = agreement(both)
+    return {
+        "rankings": dict(Counter(row["labeler"] for row in rankings)),
+        "demonstrations": dict(Counter(row["labeler"] for row in read(run, DEMONSTRATIONS))),
+        "compared": len(both),
+        "agreement": {"ordered": agreed.ordered, "pairs": agreed.ordered_pairs, "all": agreed.all},
+    }
+
+
+def open_comparison(run: Path, labeler: str) -> dict[str, Any] | None:
+    """Return answers that others have ranked and `labeler` has not, without their ranking."""
+    seen: dict[str, dict[str, Any]] = {}
+    done = set()
+    for row in read(run, RANKINGS):
+        seen.setdefault(_comparison(row), row)
+        if row["labeler"] == labeler:
+            done.add(_comparison(row))
+    return next(
+        (
+            {key: row[key] for key in ("prompt", "responses", "model") if key in row}
+            for name, row in seen.items()
+            if name not in done
+        ),
+        None,
+    )
+
+
+def reward_model_folder(run: Path) -> Path | None:
+    """Return the folder of the run's last reward model, or None."""
+    found = [
+        stage / "model"
+        for stage in finished_stages(run)
+        if (stage / "model" / CONFIG).is_file() and checkpoint_head(stage / "model") == "scalar"
+    ]
+    return found[-1] if found else None
+
+
+def _comparison(row: dict[str, Any]) -> str:
+    return json.dumps([row["prompt"], row["responses"]], sort_keys=True)
+
+
+def _ranking(row: dict[str, Any]) -> Ranking:
+    return parse_ranking(row["ranking"], len(row["responses"]), "labels")

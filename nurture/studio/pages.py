@@ -1,0 +1,308 @@
+"""What the studio's pages ask for besides the API: tokens, runs, labels, games."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from nurture.data.sources import make_world
+from nurture.inference.chat import ChatModel
+from nurture.inference.sampling import SamplingParams
+from nurture.pipeline import recall_world
+from nurture.rewards.learned import RewardModel, load_reward_model, score_replies
+from nurture.studio import label, play, watch
+from nurture.studio.batcher import Row, check_prompt
+from nurture.studio.inspect import candidates, score_tokens, token_text
+from nurture.studio.openai import Api
+from nurture.studio.requests import Body, Refused, answering, json_response, read_body
+from nurture.studio.text import split_thought
+from nurture.world.split import random_for
+
+_PROMPT_KINDS = (
+    "fact",
+    "arithmetic",
+    "translation",
+    "rewrite",
+    "list",
+    "describe",
+    "story",
+    "chat",
+    "benign",
+)
+
+
+class TextBody(Body):
+    """A text to take apart: plain text, or a conversation and what was answered."""
+
+    model: str
+    text: str = ""
+    question: str | None = None
+    """With a chat model: the user's turn that `text` is the reply to."""
+
+
+class NextBody(Body):
+    """A place in a text."""
+
+    model: str
+    token_ids: list[int] = Field(min_length=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    count: int = Field(20, ge=1, le=200)
+
+
+class RankingBody(Body):
+    """One labeler's ranking of some answers."""
+
+    run: str
+    id: str = Field(min_length=8, max_length=80)
+    labeler: str = Field(min_length=1, max_length=60)
+    prompt: list[dict[str, str]] = Field(min_length=1)
+    responses: list[str] = Field(min_length=2, max_length=9)
+    ranking: str
+    model: str | None = None
+
+
+class DemonstrationBody(Body):
+    """What a labeler would have answered."""
+
+    run: str
+    id: str = Field(min_length=8, max_length=80)
+    labeler: str = Field(min_length=1, max_length=60)
+    prompt: list[dict[str, str]] = Field(min_length=1)
+    reply: str = Field(min_length=1)
+
+
+class NewGame(Body):
+    """A new game of Wordle."""
+
+    seed: int | None = None
+
+
+class PersonGuess(Body):
+    """The person's guess."""
+
+    game: str
+    guess: str = Field(max_length=40)
+
+
+class ModelGuess(Body):
+    """The model's turn."""
+
+    game: str
+    model: str
+    temperature: float = Field(0.0, ge=0, le=2)
+
+
+class Pages:
+    """The endpoints under /studio, on the API's library and thread."""
+
+    def __init__(self, api: Api) -> None:
+        self.api, self.library, self.batcher = api, api.library, api.batcher
+        self.table = play.Table()
+        self._reward_models: dict[Path, RewardModel] = {}
+
+    def routes(self) -> list[Route]:
+        """Return what to serve."""
+        run, stage = "/studio/runs/{run}", "/studio/runs/{run}/stages/{stage}"
+        get: dict[str, Callable[[Request], Any]] = {
+            "/studio/load": self.load,
+            "/studio/runs": self.runs,
+            run: self.run,
+            f"{run}/report": self.report,
+            f"{stage}/metrics": self.metrics,
+            f"{stage}/samples": self.samples,
+            f"{run}/labels": self.labels,
+            f"{run}/prompts": self.prompts,
+        }
+        post: dict[str, Callable[[Request], Any]] = {
+            "/studio/tokens": self.tokens,
+            "/studio/tokens/next": self.next_token,
+            "/studio/labels/ranking": self.save_ranking,
+            "/studio/labels/demonstration": self.save_demonstration,
+            "/studio/play/new": self.new_game,
+            "/studio/play/person": self.person_guess,
+            "/studio/play/model": self.model_guess,
+        }
+        return [
+            *(Route(path, answering(handler)) for path, handler in get.items()),
+            *(Route(path, answering(handler), methods=["POST"]) for path, handler in post.items()),
+        ]
+
+    async def load(self, request: Request) -> Response:
+        """Say how much is being computed."""
+        return json_response(self.batcher.load())
+
+    # --- tokens -----------------------------------------------------------------------------------------------------
+
+    async def tokens(self, request: Request) -> Response:
+        """Take a text apart and score every token."""
+        body = await read_body(request, TextBody)
+        _, chat = await self.api.loaded(body.model)
+        token_ids = _start_of(chat, body.question) + chat.tokenizer.encode(body.text)
+        check_prompt(token_ids, chat.model.config.vocab_size, chat.model.config.max_position + 1)
+        scored = await self.batcher.compute(lambda: score_tokens(chat.model, token_ids))
+        rows = [
+            {"token": token, "text": token_text(chat.tokenizer, token)}
+            | {"logprob": score.logprob, "entropy": score.entropy, "rank": score.rank}
+            for token, score in zip(token_ids, scored, strict=True)
+        ]
+        return json_response({"tokens": rows, "context": chat.model.config.max_position})
+
+    async def next_token(self, request: Request) -> Response:
+        """Show the distribution of the token after a prefix, and draw one from it."""
+        body = await read_body(request, NextBody)
+        _, chat = await self.api.loaded(body.model)
+        config = chat.model.config
+        check_prompt(body.token_ids, config.vocab_size, config.max_position)
+        params = SamplingParams(
+            temperature=body.temperature, top_k=body.top_k, top_p=body.top_p, min_p=body.min_p
+        )
+        shown = await self.batcher.compute(
+            lambda: candidates(chat.model, chat.tokenizer, body.token_ids, params, body.count)
+        )
+        return json_response(shown)
+
+    # --- runs -------------------------------------------------------------------------------------------------------
+
+    async def runs(self, request: Request) -> Response:
+        """List the runs."""
+        return json_response({"runs": list(self.library.runs)})
+
+    async def run(self, request: Request) -> Response:
+        """Show a run's stages."""
+        return json_response(await asyncio.to_thread(watch.stage_map, self._run(request)))
+
+    async def report(self, request: Request) -> Response:
+        """Show what each stage changed."""
+        return json_response(await asyncio.to_thread(watch.report, self._run(request)))
+
+    async def metrics(self, request: Request) -> Response:
+        """Return new lines of a stage's metrics."""
+        after = request.query_params.get("after", "0")
+        if not after.isascii() or not after.isdigit() or len(after) > 15:
+            raise Refused("after is a number of bytes", "after")
+        stage = request.path_params["stage"]
+        return json_response(await asyncio.to_thread(watch.metrics, self._run(request), stage, int(after)))
+
+    async def samples(self, request: Request) -> Response:
+        """Return a stage's samples."""
+        stage = request.path_params["stage"]
+        return json_response({"samples": await asyncio.to_thread(watch.samples, self._run(request), stage)})
+
+    def _run(self, request: Request) -> Path:
+        return self.library.run_folder(request.path_params["run"])
+
+    # --- labels -----------------------------------------------------------------------------------------------------
+
+    async def labels(self, request: Request) -> Response:
+        """Say who has labelled what, and what is open for a labeler."""
+        run, labeler = self._run(request), request.query_params.get("labeler", "")
+        open_one = await asyncio.to_thread(label.open_comparison, run, labeler) if labeler else None
+        return json_response({"summary": await asyncio.to_thread(label.summary, run), "open": open_one})
+
+    async def prompts(self, request: Request) -> Response:
+        """Draw prompts of the run's world, of every kind."""
+        world = make_world(recall_world(self._run(request) / "model"))
+        rng = random_for("studio", secrets.randbits(32))
+        tasks = [world.task(kind, "train", rng.randrange(100_000)) for kind in _PROMPT_KINDS]
+        asked = [next(m["content"] for m in task.messages if m["role"] == "user") for task in tasks]
+        return json_response({"prompts": asked})
+
+    async def save_ranking(self, request: Request) -> Response:
+        """Keep a ranking; tell what the reward model thinks of the answers, where the run has one."""
+        body = await read_body(request, RankingBody)
+        run = self.library.run_folder(body.run)
+        record = body.model_dump(exclude={"run"}, exclude_none=True)
+        new = await asyncio.to_thread(label.save, run, label.RANKINGS, record)
+        rewards = await self._rewards(run, body)
+        return json_response({"saved": new, "rewards": rewards, "summary": label.summary(run)})
+
+    async def save_demonstration(self, request: Request) -> Response:
+        """Keep a demonstration."""
+        body = await read_body(request, DemonstrationBody)
+        run = self.library.run_folder(body.run)
+        said = [*body.prompt, {"role": "assistant", "content": body.reply}]
+        record = {"messages": said, "id": body.id, "labeler": body.labeler}
+        new = await asyncio.to_thread(label.save, run, label.DEMONSTRATIONS, record)
+        return json_response({"saved": new, "summary": label.summary(run)})
+
+    async def _rewards(self, run: Path, body: RankingBody) -> list[float] | None:
+        folder = await asyncio.to_thread(label.reward_model_folder, run)
+        if folder is None:
+            return None
+        if folder not in self._reward_models:
+            self._reward_models[folder] = await asyncio.to_thread(load_reward_model, folder)
+        reward_model, prompts = self._reward_models[folder], [body.prompt] * len(body.responses)
+        scores = await self.batcher.compute(
+            lambda: score_replies(reward_model, prompts, body.responses)  # type: ignore[arg-type]
+        )
+        return [float(score) for score in scores]
+
+    # --- play -------------------------------------------------------------------------------------------------------
+
+    async def new_game(self, request: Request) -> Response:
+        """Begin a game."""
+        body = await read_body(request, NewGame)
+        return json_response(self.table.begin(body.seed))
+
+    async def person_guess(self, request: Request) -> Response:
+        """Take the person's guess."""
+        body = await read_body(request, PersonGuess)
+        return json_response(play.person_turn(self.table.find(body.game), body.guess))
+
+    async def model_guess(self, request: Request) -> Response:
+        """Let the model guess, and show which words it found likely."""
+        body = await read_body(request, ModelGuess)
+        game = self.table.find(body.game)
+        entry, chat = await self.api.loaded(body.model)
+        tokenizer = chat.tokenizer
+        if tokenizer.chat_template is None:
+            raise Refused(
+                f"{entry.name} is a base model and cannot take turns; choose a later stage", "model"
+            )
+        turn = len(game.conversation)
+        thought_of = await self.batcher.compute(
+            lambda: play.likely_words(chat, game.conversation, game.model.allowed, 6)
+        )
+        prompt = tokenizer.encode_prompt(game.conversation)
+        check_prompt(prompt, chat.model.config.vocab_size, chat.model.config.max_position)
+        params = SamplingParams(
+            max_tokens=min(256, chat.model.config.max_position - len(prompt)),
+            temperature=body.temperature,
+            stop_token_ids=tokenizer.stop_token_ids,
+        )
+        row = Row(tuple(prompt), params, secrets.randbits(63), top_logprobs=0)
+        self.batcher.submit(chat, [row])
+        drawn = [await row.next()]
+        while drawn[-1].finish_reason is None:
+            drawn.append(await row.next())
+        if len(game.conversation) != turn:
+            raise Refused("the model is making this guess already")
+        reply = tokenizer.decode([one.token for one in drawn], skip_special=True)
+        probability = float(torch.tensor([one.logprob for one in drawn]).sum().exp())
+        thought, said = split_thought(reply)
+        outcome = play.model_turn(game, reply)
+        return json_response(
+            outcome | {"said": said, "thought": thought, "probability": probability, "likely": thought_of}
+        )
+
+
+def _start_of(chat: ChatModel, question: str | None) -> list[int]:
+    """Return the tokens before the text: the question as the template writes it, or the start of a document."""
+    tokenizer = chat.tokenizer
+    if question is not None:
+        if tokenizer.chat_template is None:
+            raise Refused("a base model has no chat template; give it plain text", "question")
+        return tokenizer.encode_prompt([{"role": "user", "content": question}])
+    return [] if tokenizer.document_token_id is None else [tokenizer.document_token_id]

@@ -42,7 +42,8 @@ FAMILIES = (
 
 LOWER_IS_BETTER = frozenset({"bpb", "harm", "over_refusal", "calibration_error", "repetition"})
 NEITHER_IS_BETTER = frozenset(
-    "kl share vocab_size bytes_per_token pair_ceiling tie_ceiling longer_preferred wordle_solver wordle_random".split()
+    "kl proxy_reward share vocab_size bytes_per_token pair_ceiling tie_ceiling longer_preferred "
+    "wordle_solver wordle_random".split()
 )
 
 MEANINGS = {

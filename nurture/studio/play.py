@@ -87,7 +87,10 @@ def model_turn(game: Game, reply: str) -> dict[str, Any]:
     result = game.model.step(reply)
     game.conversation.append({"role": "assistant", "content": reply})
     game.conversation += result.observation.messages
-    return {"reply": reply, "guess": guess_in(reply)} | _outcome(game.model, result)
+    outcome = _outcome(game.model, result)
+    if not game.person._over:  # the person is still looking for it
+        outcome |= {"secret": None, "says": ""}
+    return {"reply": reply, "guess": guess_in(reply)} | outcome
 
 
 def _outcome(board: Wordle, result: StepResult) -> dict[str, Any]:

@@ -28,11 +28,11 @@ export function makePage({ models }) {
     el("div", { class: "composer stack" },
       el("div", { class: "row" }, el("div", { class: "grow" }, question), send, stop),
       el("div", { class: "row" },
-        el("details", { class: "grow" }, el("summary", {}, "Sampling and system message"),
-          el("div", { class: "controls" }, temperature.element, topP.element, field("Longest reply, tokens", longest), field("Seed", seed), field("System message", system))),
-        el("button", { class: "quiet", type: "button", onclick: clear }, "New conversation"),
-        el("button", { class: "quiet", type: "button", onclick: () => save("md") }, "Export Markdown"),
-        el("button", { class: "quiet", type: "button", onclick: () => save("json") }, "Export JSON"))));
+        el("details", { class: "grow" }, el("summary", {}, "Sampling, system message, export"),
+          el("div", { class: "controls" }, temperature.element, topP.element, field("Longest reply, tokens", longest), field("Seed", seed), field("System message", system)),
+          el("div", { class: "row" }, el("button", { class: "quiet", type: "button", onclick: () => save("md") }, "Export Markdown"),
+            el("button", { class: "quiet", type: "button", onclick: () => save("json") }, "Export JSON"))),
+        el("button", { class: "quiet", type: "button", onclick: clear }, "New conversation"))));
 
   drawHeads();
   drawWelcome();
@@ -46,7 +46,7 @@ export function makePage({ models }) {
       el("span", { class: isBase(column) ? "pill base" : "pill good" }, isBase(column) ? "continues" : "answers"),
       columns.length > 1 && el("button", { class: "quiet", type: "button", "aria-label": `Remove column ${number + 1}`, onclick: () => { columns.splice(number, 1); drawHeads(); redraw(); } }, "✕"),
       number === columns.length - 1 && columns.length < MOST_COLUMNS &&
-        el("button", { class: "quiet", type: "button", onclick: addColumn, "aria-label": "Add a column" }, "＋"))));
+        el("button", { class: "quiet", type: "button", onclick: addColumn, "aria-label": "Add a column" }, "+"))));
   }
 
   function addColumn() {
@@ -109,7 +109,7 @@ export function makePage({ models }) {
   }
 
   function fill(turn, column, given) {
-    const body = el("div", { class: given.running ? "text writing" : "text" });
+    const body = el("div", { class: `text${given.running ? " writing" : ""}${given.base ? " long" : ""}`, tabIndex: given.base ? 0 : -1 });
     if (given.base) {
       body.append(el("span", { class: "prompt" }, turn.asked));
       given.text.split("<|endoftext|>").forEach((part, index) => {

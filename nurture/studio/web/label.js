@@ -19,7 +19,7 @@ export function makePage({ models, runs }) {
   const demonstration = el("textarea", { rows: 3, oninput: () => { saveDemo.disabled = !demonstration.value.trim(); } });
   const saveDemo = el("button", { type: "button", disabled: true, onclick: saveDemonstration }, "Save what I wrote");
   const known = el("div", { class: "small hint" });
-  const get4 = el("button", { class: "main", type: "button", onclick: sample }, "Get four answers");
+  const get4 = el("button", { class: "main", type: "button", onclick: sample }, "Get answers");
 
   const element = el("section", { "aria-label": "Label", onkeydown: onKey },
     el("h1", {}, "Label"),
@@ -49,8 +49,10 @@ export function makePage({ models, runs }) {
     get4.disabled = true;
     try {
       const messages = [{ role: "user", content: prompt.value.trim() }];
-      const answer = await post("/v1/chat/completions", { model: model.value, messages, n: 4, temperature: temperature.value(), max_tokens: 300 });
-      begin(messages, answer.choices.map((choice) => choice.message.content), model.value);
+      const answer = await post("/v1/chat/completions", { model: model.value, messages, n: 12, temperature: temperature.value(), max_tokens: 300 });
+      const different = [...new Set(answer.choices.map((choice) => choice.message.content))].slice(0, 4);
+      if (different.length < 2) throw new Error("All answers are alike. Raise the temperature, or ask something else.");
+      begin(messages, different, model.value);
     } catch (error) { complain(error); }
     get4.disabled = false;
   }
@@ -69,7 +71,7 @@ export function makePage({ models, runs }) {
     draw();
     ranked.querySelector(".answer button")?.focus({ preventScroll: true });
     ranked.scrollIntoView({ block: "nearest" });
-    announce("Four answers to rank");
+    announce(`${responses.length} answers to rank`);
   }
 
   function draw(after) {

@@ -66,8 +66,9 @@ export function makePage({ models }) {
     const before = its?.history.length ?? 0;
     its = await post("/studio/play/model", { game: game.game, model: model.value });
     const valid = its.history.length > before;
-    itsSays.textContent = its.over ? its.says : `It said “${its.said.trim()}” (${percent(its.probability)})${valid ? "" : ", which is no valid guess"}.`;
-    const top = Math.max(...its.likely.map((one) => one.probability), 1e-9);
+    const said = `It said “${its.said.trim()}” (${percent(its.probability)})${valid ? "" : ", which is no valid guess"}.`;
+    itsSays.textContent = `${said}${its.won ? " It has found the word." : its.over ? " It is out." : ""}`;
+    const top = Math.max(...its.likely.map((one) => one.probability)) || 1;
     likely.replaceChildren(el("h3", {}, "Words it found likely"), el("div", { class: "likely" }, its.likely.flatMap((one) => {
       const bar = el("div", { class: "bar" });
       bar.style.width = `${100 * one.probability / top}%`;
@@ -77,8 +78,8 @@ export function makePage({ models }) {
   }
 
   function draw() {
-    fill(myBoard, mine, "Your board", false);
-    fill(itsBoard, its, "The model's board", false);
+    fill(myBoard, mine, "Your board");
+    fill(itsBoard, its, "The model's board");
   }
 
   function fill(board, side, name) {

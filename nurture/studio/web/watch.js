@@ -4,7 +4,7 @@ import { get, runPath } from "/static/api.js";
 import { complain, el, pick } from "/static/ui.js";
 
 const EVERY = 2000;
-const STATUS = { fresh: ["done", "good"], new: ["not yet", ""], unfinished: ["interrupted", "warn"], stale: ["would run again", "warn"], damaged: ["damaged", "warn"] };
+const STATUS = { fresh: ["done", "good"], new: ["not yet", ""], unfinished: ["interrupted", "warn"], stale: ["done, changed since", ""], damaged: ["damaged", "warn"] };
 const RATES = new Set("facts arithmetic translation cloze format stopped share pair_accuracy pair_ceiling tie_accuracy gold_win_rate harm over_refusal think_obeyed no_think_obeyed math math_think math_no_think code code_exact wordle_win wordle_solver wordle_random passkey passkey_yarn".split(" "));
 
 export function makePage({ runs }) {
@@ -56,7 +56,7 @@ export function makePage({ runs }) {
     }));
     if (focused) stages.querySelector(`[data-stage="${CSS.escape(focused)}"]`)?.focus();
     const about = map.stages.find((one) => one.name === stage);
-    note.textContent = map.problem ?? [about?.from?.length && `starts from ${about.from.join(", ")}`, about?.reason].filter(Boolean).join(" · ");
+    note.textContent = map.problem ?? [about?.from?.length && `starts from ${about.from.join(", ")}`, about?.reason && (about.status === "stale" ? `would run again: ${about.reason}` : about.reason)].filter(Boolean).join(" · ");
   }
 
   function choose(name) { stage = name; reset(); drawMap(); loadMetrics().catch(complain); }
@@ -140,7 +140,7 @@ function svg(tag, attributes, text) {
 }
 
 function chart(name, lines) {
-  const width = 340, height = 190, left = 46, right = 8, top = 8, bottom = 22;
+  const width = 340, height = 190, left = 56, right = 8, top = 8, bottom = 22;
   const all = [...lines.values()].flat();
   let [low, high] = extent(all.map((point) => point[1]));
   const [first, last] = extent(all.map((point) => point[0]));

@@ -1,0 +1,88 @@
+"""The pages in a real browser: they work, nothing is logged as an error, and text from a model stays text."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (Debian: apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[(1280, 860), (390, 844)], ids=["desktop", "phone"])
+def page(browser: Any, address: str, request: pytest.FixtureRequest) -> Iterator[Any]:
+    width, height = request.param
+    page = browser.new_page(viewport={"width": width, "height": height})
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
+    page.goto(address)
+    page.locator(".welcome").wait_for()
+    yield page
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert problems == []
+    page.close()
+
+
+def test_chat_side_by_side_by_keyboard(page: Any):
+    page.get_by_label("Your message").fill("<img src=x onerror=alert(1)> hi")
+    page.keyboard.press("Enter")
+    page.locator(".reply .facts", has_text="tokens").nth(1).wait_for()
+    assert page.locator(".reply").count() == 2
+    assert page.locator("main img").count() == 0
+    assert page.locator(".asked .text").inner_text() == "<img src=x onerror=alert(1)> hi"
+    page.get_by_role("button", name="Edit").click()
+    assert page.get_by_label("Your message").input_value() == "<img src=x onerror=alert(1)> hi"
+    assert page.locator(".reply").count() == 0
+
+
+def test_tokens_step_by_step(page: Any):
+    page.get_by_role("link", name="Tokens").click()
+    page.locator(".candidates tbody tr").first.wait_for()
+    before = page.locator(".tokens button").count()
+    page.get_by_role("button", name="Add the likeliest token").click()
+    page.locator(".tokens button").nth(before).wait_for()
+    page.locator(".tokens button").nth(2).click()
+    page.get_by_text("Instead of").wait_for()
+
+
+def test_watch_shows_curves_and_the_report(page: Any):
+    page.get_by_role("link", name="Watch").click()
+    page.locator(".chart svg").first.wait_for()
+    page.get_by_role("cell", name="format").first.wait_for()
+    assert page.locator(".stages li").count() == 2
+
+
+def test_rank_with_keys(page: Any, run: Any):
+    page.get_by_role("link", name="Label").click()
+    page.get_by_label("Question").fill("Who are you?")
+    page.get_by_role("button", name="Get answers").click()
+    page.locator(".answer").first.wait_for()
+    for index in range(page.locator(".answer").count()):
+        page.locator(".answer").nth(index).focus()
+        page.keyboard.press("1" if index else "2")
+    assert page.locator(".ranking").inner_text().endswith("> A")
+    page.get_by_role("button", name="Save the ranking").click()
+    page.get_by_text("saved", exact=True).wait_for()
+    assert (run / "labels" / "rankings.jsonl").read_text().count("\n") >= 1
+
+
+def test_play_a_turn(page: Any):
+    page.get_by_role("link", name="Play").click()
+    page.get_by_label("Your guess").fill("crane")
+    page.keyboard.press("Enter")
+    page.get_by_text("Words it found likely").wait_for()
+    assert page.locator(".board").first.inner_text().split() == list("CRANE")

@@ -106,6 +106,8 @@ class Config(TrainingConfig):
     """Of them, how many the world writes: a demonstration, or one spoiled in some way."""
     sample_from: list[str] = []
     """Further models (stages or checkpoints of the same tokenizer) that write one of the answers each."""
+    sample_from_tokens: PositiveInt = 64
+    """Longest answer of theirs; a base model never stops, and what it says is clear soon."""
     temperature: PositiveFloat = 1.0
     """Of the sampled answers."""
     answer_tokens: PositiveInt = 160
@@ -361,11 +363,11 @@ def _answers(
     written = [_written(config, context, session, row) for row in rows]
     own = config.answers - config.written - len(config.sample_from)
     models = [
-        ("start", context.start, own),
-        *((name, context.models[name], 1) for name in config.sample_from),
+        ("start", context.start, own, config.answer_tokens),
+        *((name, context.models[name], 1, config.sample_from_tokens) for name in config.sample_from),
     ]
     answers = written
-    for place, (author, path, count) in enumerate(models):
+    for place, (author, path, count, max_tokens) in enumerate(models):
         if not count or path is None:
             continue
         sampled = sample_candidates(
@@ -373,7 +375,7 @@ def _answers(
             session.tokenizer,
             [row.prompt or () for row in rows],
             count=count,
-            max_tokens=config.answer_tokens,
+            max_tokens=max_tokens,
             temperature=config.temperature,
             seed=seed * 100 + place,
             author=author,

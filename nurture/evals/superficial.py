@@ -171,9 +171,7 @@ def _programs(bench: _Bench, models: Mapping[str, Transformer], kind: str) -> It
             bits = conversation_bits(model, bench.tokenizer, bench.world, turns) if turns else 0.0
             detail = _prompt_name(shots)
             yield program("prompt" if shots else "nothing", detail, bits, replies)
-        # Examples cost bits under the model as it is given; a fine-tuned model needs few, so that few sets are tried.
-        sizes = bench.config.examples if not knows_chat else bench.config.examples[:-1]
-        for size in sizes:
+        for size in _sizes(bench.config, name):
             bits = conversation_bits(
                 model, bench.tokenizer, bench.world, [demonstration_turns([task]) for task in examples[:size]]
             )
@@ -186,6 +184,13 @@ def _programs(bench: _Bench, models: Mapping[str, Transformer], kind: str) -> It
             with rounded_adapters(tuned, bits_each) as length:
                 replies = _asked(bench, tuned, questions)
             yield program("adapter", f"rank {bench.config.rank}, {bits_each} bits", length, replies)
+
+
+def _sizes(config: SuperficialConfig, model: str) -> tuple[int, ...]:
+    """Return the training sets that are tried: all for the base, the largest for fresh weights, the others else."""
+    if model == BASE:
+        return config.examples
+    return config.examples[-1:] if model == RANDOM else config.examples[:-1]
 
 
 def _prompt_name(shots: int) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 440, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 12, 44
 _MOST_POINTS = 300
 COLOURS = 8
 """Classes c0 to c7 of the page's stylesheet."""
@@ -30,6 +30,7 @@ class Line:
         dashes: 0 for a whole line, 1 to 3 for dashed ones.
         intervals: (low, high) of every point, drawn as bars.
         marks: draw a dot at every point.
+        joined: draw the line between the points.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Line:
     dashes: int = 0
     intervals: Sequence[tuple[float, float]] = ()
     marks: bool = False
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _finite(line: Line) -> Line:
     if len(kept) > _MOST_POINTS:
         kept = [kept[round(i * (len(kept) - 1) / (_MOST_POINTS - 1))] for i in range(_MOST_POINTS)]
     intervals = [line.intervals[i] for i in kept] if line.intervals else ()
-    return Line(line.name, [line.points[i] for i in kept], line.colour, line.dashes, intervals, line.marks)
+    return replace(line, points=[line.points[i] for i in kept], intervals=intervals)
 
 
 def _x_axis(values: Sequence[float], log: bool) -> tuple[_Axis, list[tuple[float, str]]]:
@@ -187,7 +189,7 @@ def _drawn(line: Line, x_axis: _Axis, y_axis: _Axis) -> Markup:
     places = [(x_axis.place(x), y_axis.place(y)) for x, y in line.points]
     style = Markup("c{0} d{1}").format(line.colour % COLOURS, line.dashes)
     parts = []
-    if len(places) > 1:
+    if line.joined and len(places) > 1:
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
         parts.append(Markup('<path class="line {0}" d="{1}"/>').format(style, path))
     for (x, _), (low, high) in zip(places, line.intervals):

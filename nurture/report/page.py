@@ -302,9 +302,11 @@ def figures(row: Row, run_names: Sequence[str]) -> tuple[list[Markup], list[Mark
 def _curves(row: Row, title: str, unit: str, names: Sequence[str], run_names: Sequence[str]) -> Markup:
     several = len(row.records) > 1
     lines = []
-    for colour, name in enumerate(names):
+    labels = [name.split("/", 1)[-1].removeprefix("bpb/") for name in names]
+    labels = labels if len(set(labels)) == len(labels) else list(names)
+    for colour, (name, short) in enumerate(zip(names, labels, strict=True)):
         for run, record in enumerate(row.records):
-            label = name.split("/", 1)[-1].removeprefix("bpb/")
+            label = short
             label = f"{label}, {run_names[run]}" if several else label
             points = record.curves.get(name, [])
             dashes = (run if several else colour) % 4

@@ -5,7 +5,7 @@ The terminal and the page show the same tables; the page adds the curves of scor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +152,8 @@ def charts(measured: Mapping[str, Any]) -> list[Any]:
                 own.sort(key=lambda p: p["bits"])
                 points = [(p["bits"], p[score]["value"]) for p in own]
                 bars = [(p[score]["low"], p[score]["high"]) for p in own]
-                lines.append(Line(model, points, colour, colour % 4, bars, marks=True))
+                lines.append(Line(model, points, colour, colour % 4, bars, marks=True, joined=False))
+                lines.append(Line(model, _best_so_far(points), colour, colour % 4))
             title = f"{kind}: {words}, against bits of adaptation"
             drawn.append(line_chart(title, lines, x_label="bits", y_label=words, log_x=True, percent=True))
         lines = []
@@ -164,6 +165,11 @@ def charts(measured: Mapping[str, Any]) -> list[Any]:
         title = f"{kind}: a right reply among n"
         drawn.append(line_chart(title, lines, x_label="n", y_label="right", percent=True))
     return drawn
+
+
+def _best_so_far(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points, by length, that no shorter program equals: the length-performance curve."""
+    return [point for i, point in enumerate(points) if all(point[1] > earlier[1] for earlier in points[:i])]
 
 
 def print_section(measured: Mapping[str, Any], console: Console) -> None:

@@ -212,7 +212,7 @@ def test_points_lie_where_the_axes_say() -> None:
     chart = line_chart(
         "t", [Line("a", [(0, 0.0), (50, 0.5), (100, 1.0)])], x_label="x", y_label="y", percent=True
     )
-    assert places(chart) == [(54.0, 226.0), (240.0, 119.0), (426.0, 12.0)]
+    assert places(chart) == [(64.0, 226.0), (245.0, 119.0), (426.0, 12.0)]
     assert re.findall(r'class="x">([^<]+)<', chart) == ["0", "25", "50", "75", "100"]
     assert re.findall(r'class="y">([^<]+)<', chart) == ["0 %", "25 %", "50 %", "75 %", "100 %"]
 
@@ -222,7 +222,7 @@ def test_a_logarithmic_axis_has_room_for_nothing() -> None:
         "t", [Line("a", [(0, 0.1), (100, 0.2), (10_000, 0.3)])], x_label="x", y_label="y", log_x=True
     )
     (zero, _), (hundred, _), (most, _) = places(chart)
-    assert (zero, most) == (54.0, 426.0)
+    assert (zero, most) == (64.0, 426.0)
     assert hundred - zero == pytest.approx((most - zero) / 3)
     assert re.findall(r'class="x">([^<]+)<', chart) == ["0", "100", "1k", "10k"]
 

@@ -247,8 +247,12 @@ class Batcher:
         future: asyncio.Future[Any] = loop.create_future()
 
         def settle(value: Any, error: Exception | None) -> None:
-            if not future.done():
-                future.set_exception(error) if error else future.set_result(value)
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(value)
 
         with self._changed:
             if len(self._tasks) >= _WAITING:
@@ -292,11 +296,13 @@ class Batcher:
 
 
 def _do(work: Callable[[], Any], settle: Callable[[Any, Exception | None], None]) -> None:
+    value: Any = None
+    error: Exception | None = None
     try:
         with torch.inference_mode():
-            value, error = work(), None
+            value = work()
     except Exception as problem:
-        value, error = None, problem
+        error = problem
     try:
         settle(value, error)
     except RuntimeError:

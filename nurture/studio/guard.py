@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hmac
 from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import RedirectResponse, Response
@@ -67,7 +67,7 @@ class Guard:
         if self.token is None and _without_port(host) not in LOCAL_HOSTS:
             return _refuse(403, f"this server answers to localhost, not to '{host[:100]}'")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return _refuse(403, "requests from other sites are refused")
         fetched_from = headers.get("sec-fetch-site", "none")
         is_link = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET"
@@ -81,7 +81,8 @@ class Guard:
         given = dict(query).get("token")
         if given is not None and scope["method"] == "GET" and self._is_token(given):
             rest = urlencode([pair for pair in query if pair[0] != "token"])
-            answer = RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), 303)
+            path = "/" + scope["path"].lstrip("/\\")  # never //elsewhere
+            answer = RedirectResponse(path + (f"?{rest}" if rest else ""), 303)
             answer.set_cookie(cookie, given, httponly=True, samesite="strict", max_age=30 * 86_400)
             return answer
         kind, _, shown = headers.get("authorization", "").partition(" ")

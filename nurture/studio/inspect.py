@@ -113,7 +113,8 @@ def _cut_by(tempered: Tensor, params: SamplingParams) -> list[tuple[str, Tensor]
         best = torch.zeros_like(tempered[0], dtype=torch.bool)
         best[tempered[0].argmax()] = True
         return [("temperature 0", best)]
-    rules, so_far = [], tempered
+    rules: list[tuple[str, Tensor]] = []
+    so_far = tempered
     for name, rule in (
         ("top-k", {"top_k": params.top_k}),
         ("top-p", {"top_p": params.top_p}),

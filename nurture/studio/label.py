@@ -3,7 +3,8 @@
 Rows are the pipeline's own (`data/rows.py`): a ranking can be given to a reward stage, a demonstration to SFT, as they
 are. A row is one line, written and flushed to the device before the page says "saved"; half a line, of a server that
 was killed while writing, is cut off before the next one is written. Every row has the id its page made up, and an id
-that is there already is not written again, so that a second click or a repeated request cannot count twice.
+that is there already is not written again, so that a second click or a repeated request cannot count twice. A lock of
+the operating system keeps the studio and `nurture label` (terminal.py) apart.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import os
 import threading
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,7 @@ def save(run: Path, name: str, record: dict[str, Any]) -> bool:
     """
     parse_rows(record, "your label")
     path = files.make_directory(run / "labels") / name
-    with _writing, files.clear_disk_errors(path), open(path, "a+b") as file:
+    with _alone(path.parent), files.clear_disk_errors(path), open(path, "a+b") as file:
         file.seek(0)
         content = file.read()
         if content and not content.endswith(b"\n"):
@@ -50,6 +53,34 @@ def save(run: Path, name: str, record: dict[str, Any]) -> bool:
         file.flush()
         os.fsync(file.fileno())
     return True
+
+
+def undo(run: Path, name: str, identity: str) -> bool:
+    """Take back the row with this id; return whether it was there. The file is replaced in one step."""
+    path = run / "labels" / name
+    if not path.is_file():
+        return False
+    with _alone(path.parent):
+        rows = read(run, name)
+        kept = [row for row in rows if row.get("id") != identity]
+        if len(kept) < len(rows):
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in kept]
+            files.atomic_write_text(path, "".join(lines))
+    return len(kept) < len(rows)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the labels of a run, among the threads of this process and among processes where the system has locks."""
+    lock = folder / ".lock"
+    with _writing, files.clear_disk_errors(lock), open(lock, "a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:  # Windows
+            pass
+        yield
 
 
 def read(run: Path, name: str) -> list[dict[str, Any]]:

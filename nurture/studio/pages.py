@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -276,9 +276,12 @@ class Pages:
             lambda: play.likely_words(chat, game.conversation, game.model.allowed, 6)
         )
         prompt = tokenizer.encode_prompt(game.conversation)
-        check_prompt(prompt, chat.model.config.vocab_size, chat.model.config.max_position)
+        room = chat.model.config.max_position - len(prompt)
+        if room < 2:
+            ended = {"said": "(its context is full)", "thought": "", "probability": 0.0, "likely": []}
+            return json_response(play.model_gives_up(game) | ended)
         params = SamplingParams(
-            max_tokens=min(256, chat.model.config.max_position - len(prompt)),
+            max_tokens=min(256, room // 2),  # later turns want room too
             temperature=body.temperature,
             stop_token_ids=tokenizer.stop_token_ids,
         )
@@ -290,7 +293,7 @@ class Pages:
         if len(game.conversation) != turn:
             raise Refused("the model is making this guess already")
         reply = tokenizer.decode([one.token for one in drawn], skip_special=True)
-        probability = float(torch.tensor([one.logprob for one in drawn]).sum().exp())
+        probability = math.exp(sum(one.logprob or 0.0 for one in drawn))
         thought, said = split_thought(reply)
         outcome = play.model_turn(game, reply)
         return json_response(

@@ -93,6 +93,20 @@ def model_turn(game: Game, reply: str) -> dict[str, Any]:
     return {"reply": reply, "guess": guess_in(reply)} | outcome
 
 
+def model_gives_up(game: Game) -> dict[str, Any]:
+    """End the model's game: its context is full."""
+    game.model._over = True
+    return {
+        "reply": "",
+        "guess": None,
+        "history": [{"word": word, "marks": marks} for word, marks in game.model.history],
+        "says": "",
+        "over": True,
+        "won": False,
+        "secret": None,
+    }
+
+
 def _outcome(board: Wordle, result: StepResult) -> dict[str, Any]:
     return {
         "history": [{"word": word, "marks": marks} for word, marks in board.history],
@@ -121,7 +135,7 @@ def likely_words(
         for length in range(len(tokens)):
             following.setdefault(tokens[:length], set()).add(tokens[length])
     cache = decoder.new_cache(1)
-    logprobs = decoder.forward(torch.tensor([prompt]), cache).float().log_softmax(-1)
+    logprobs = decoder.forward(torch.tensor([prompt], device=decoder.device), cache).float().log_softmax(-1)
     beam: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
     found: list[tuple[str, float]] = []
     while beam:
@@ -137,7 +151,7 @@ def likely_words(
         rows = decoder.new_cache(len(kept), rows=0)
         rows.append(cache, [row for _, _, row in kept])
         cache, beam = rows, [(tokens, score) for score, tokens, _ in kept]
-        last = torch.tensor([[tokens[-1]] for tokens, _ in beam])
+        last = torch.tensor([[tokens[-1]] for tokens, _ in beam], device=decoder.device)
         logprobs = decoder.forward(last, cache).float().log_softmax(-1)
     best = sorted(found, key=lambda pair: -pair[1])[:count]
     return [{"word": word, "probability": math.exp(score)} for word, score in best]

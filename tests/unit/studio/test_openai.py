@@ -212,7 +212,8 @@ def test_a_client_that_leaves_frees_its_place(address: str, monkeypatch: pytest.
     monkeypatch.setattr(batcher_module._Lane, "step", lambda lane: (time.sleep(0.02), step(lane)))
     body = {"model": "pretrain", "prompt": "The", "max_tokens": 250, "ignore_eos": True, "n": 16}
     with httpx.stream("POST", f"{address}/v1/completions", json=body | {"stream": True}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept in a name: forgotten, it would close the connection at once
+        next(lines)
         assert load_of(address)["active"] > 0
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{address}/v1/completions", json=body, timeout=0.05)

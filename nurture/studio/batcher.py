@@ -254,10 +254,13 @@ class Batcher:
             else:
                 future.set_result(value)
 
+        def settle_there(value: Any, error: Exception | None) -> None:
+            loop.call_soon_threadsafe(settle, value, error)
+
         with self._changed:
             if len(self._tasks) >= _WAITING:
                 raise Overloaded("Too much is waiting already. Try again in a moment.")
-            self._tasks.append((work, lambda v, e: loop.call_soon_threadsafe(settle, v, e)))
+            self._tasks.append((work, settle_there))
             self._changed.notify()
         return await future
 

@@ -120,14 +120,10 @@ def open_comparison(run: Path, labeler: str) -> dict[str, Any] | None:
         seen.setdefault(_comparison(row), row)
         if row["labeler"] == labeler:
             done.add(_comparison(row))
-    return next(
-        (
-            {key: row[key] for key in ("prompt", "responses", "model") if key in row}
-            for name, row in seen.items()
-            if name not in done
-        ),
-        None,
-    )
+    for name, row in seen.items():
+        if name not in done:
+            return {key: row[key] for key in row if key in ("prompt", "responses", "model")}
+    return None
 
 
 def reward_model_folder(run: Path) -> Path | None:

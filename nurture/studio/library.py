@@ -101,8 +101,8 @@ class Library:
             if len(matching) == 1:
                 return matching[0]
             if matching:
-                names = ", ".join(entry.name for entry in matching)
-                raise UnknownModel(f"the model '{name}' may be any of {names}: write the whole name.")
+                meanings = ", ".join(entry.name for entry in matching)
+                raise UnknownModel(f"the model '{name}' may be any of {meanings}: write the whole name.")
         names = [entry.name for entry in entries]
         hint = did_you_mean(name, names) or f" There are: {', '.join(names) or 'none yet'}."
         raise UnknownModel(f"the model '{name[:100]}' does not exist.{hint}")

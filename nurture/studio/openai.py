@@ -263,8 +263,9 @@ async def _read_all(request: Request, choices: Sequence[Choice]) -> None:
 
     reading = asyncio.gather(*(choice.read() for choice in choices))
     leaving = asyncio.create_task(gone())
+    either: set[asyncio.Future[Any]] = {reading, leaving}
     try:
-        await asyncio.wait({reading, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not reading.done():
             raise ClientDisconnect
         await reading

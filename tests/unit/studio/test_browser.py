@@ -84,5 +84,5 @@ def test_play_a_turn(page: Any):
     page.get_by_role("link", name="Play").click()
     page.get_by_label("Your guess").fill("crane")
     page.keyboard.press("Enter")
-    page.get_by_text("Words it found likely").wait_for()
+    page.locator("h3", has_text="Words it found likely").wait_for()
     assert page.locator(".board").first.inner_text().split() == list("CRANE")

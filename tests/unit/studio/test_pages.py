@@ -87,7 +87,7 @@ def test_watch_a_run(client: TestClient, run: Path):
 
 def test_labels_count_once_and_survive_a_killed_server(run: Path, tmp_path: Path):
     copy = tmp_path / "run"
-    shutil.copytree(run, copy)
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("labels"))
     row = {
         "id": "abcdefgh", "labeler": "ann", "prompt": [{"role": "user", "content": "Hi?"}],
         "responses": ["a", "b", "c", "d"], "ranking": "D > C > A = B",

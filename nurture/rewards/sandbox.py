@@ -146,7 +146,12 @@ class _Worker:
     def __init__(self, namespaces: bool, bubblewrap: bool, memory_mb: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         uid = _uid()
-        settings = {"namespaces": namespaces, "memory_mb": memory_mb, "uid": None if bubblewrap else uid}
+        settings = {
+            "control": theirs.fileno(),
+            "namespaces": namespaces,
+            "memory_mb": memory_mb,
+            "uid": None if bubblewrap else uid,
+        }
         command = [sys.executable, "-s", "-S", "-B", "-c", _START, json.dumps(settings)]
         nobody: dict[str, Any] = {}
         if bubblewrap:
@@ -154,13 +159,10 @@ class _Worker:
             nobody = {"user": uid, "group": uid, "extra_groups": []} if uid is not None else {}
         self.control = ours
         self.job: _Running | None = None
-        low, high = theirs.fileno(), 3
         try:
             self.process = subprocess.Popen(
-                ["/bin/sh", "-c", f'exec "$@" {high}<&{low} {low}<&-', "sh", *command]
-                if low != high
-                else command,
-                pass_fds=(low,),
+                command,
+                pass_fds=(theirs.fileno(),),
                 env={"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -32,8 +32,6 @@ from typing import Any
 
 from nurture.rewards import exam, walls
 
-CONTROL = 3
-"""Descriptor of the socket to the parent."""
 _FIRST, _SECOND, _THIRD = 3, 4, 5  # what a child keeps, see `run`
 _JUDGE_MEMORY_MB = 512
 
@@ -45,17 +43,17 @@ threading time typing unittest zlib
 """Modules imported once in the worker; the rest of the standard library is imported from its files when needed."""
 
 
-def visible_folders() -> list[str]:
-    """Return the folders of the standard library."""
+def library_folders() -> list[str]:
+    """Return the folders of the standard library: of its modules, and of those that are compiled."""
     library = os.path.realpath(os.path.dirname(os.__file__))
-    folders = [library, *(os.path.realpath(path) for path in sys.path if path.endswith("lib-dynload"))]
-    return list(dict.fromkeys(f for f in folders if f == library or not f.startswith(library)))
+    compiled = [os.path.realpath(path) for path in sys.path if path.endswith("lib-dynload")]
+    return list(dict.fromkeys([library, *compiled]))
 
 
 def main() -> None:
     """Serve the parent until it closes the control socket."""
     settings = json.loads(sys.argv[1])
-    control = socket.socket(fileno=CONTROL)
+    control = socket.socket(fileno=settings["control"])
     try:
         worker = _Worker(settings)
         hello = worker.hello()
@@ -78,8 +76,8 @@ class _Worker:
         self.namespaces: bool = settings["namespaces"]
         for name in WARM:
             importlib.import_module(name)
-        visible = visible_folders()
-        sys.path[:] = visible
+        sys.path[:] = library_folders()
+        visible = [path for path in sys.path if not path.startswith(sys.path[0] + os.sep)]
         sys.argv[:] = ["program.py"]
         for name in [name for name in sys.modules if name.split(".")[0] == "nurture"]:
             del sys.modules[name]  # a program that imports these finds nothing
@@ -88,7 +86,7 @@ class _Worker:
         if self.namespaces:
             walls.enter_namespaces(nobody)
             if os.fork():  # this process stays outside and passes on the end of its child
-                os.close(CONTROL)
+                os.close(settings["control"])
                 os._exit(os.waitstatus_to_exitcode(os.wait()[1]) & 0xFF)
             walls.enter_empty_root(visible)
         if nobody is not None:

@@ -110,7 +110,9 @@ def _helpers(prefix: str, entry_point: str | None) -> str:
     return "\n".join(ast.unparse(node) for node in body if getattr(node, "name", None) != entry_point)
 
 
-_BLOCK = re.compile(r"^```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)  # fmt: skip
+_BLOCK = re.compile(
+    r"^```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE
+)
 
 
 def extract_program(reply: str, task: CodeTask) -> str | None:

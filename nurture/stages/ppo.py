@@ -66,17 +66,18 @@ from nurture.stages.rl import (
     PolicyLoss,
     PretrainingPart,
     PromptStream,
+    Question,
     RLConfig,
     Sums,
     correction_mode,
     learn,
     own_tokens,
     plan_rl_steps,
+    play_rows,
     read_prompts,
-    reply_rollouts,
-    rollout_seeds,
     sampling_mismatch,
     score_rows,
+    seed_of,
     summed_over,
     updates_per_step,
 )
@@ -335,14 +336,14 @@ def collect(
 ) -> list[Rollout]:
     """Let the policy answer this process's share of the prompts."""
     processes = session.execution.processes
-    seeds = rollout_seeds(session.seed, step, 0, len(rows) * config.group_size)
-    mine = range(processes.rank, len(rows), processes.world_size)
-    return reply_rollouts(
+    return play_rows(
+        config,
         models.engine.now(),
         session.tokenizer,
-        [rows[i] for i in mine],
-        [seeds[i * config.group_size + j] for i in mine for j in range(config.group_size)],
-        config,
+        Question,
+        rows[processes.rank :: processes.world_size],
+        seed_of(session.seed, step, processes.rank),
+        config.group_size,
     )
 
 
@@ -367,7 +368,10 @@ def score(
         extra["old_logprobs"] = batch.logprobs
     else:
         (extra["old_logprobs"],) = score_rows(
-            batch, config, session.execution, lambda part: [token_logprobs(models.policy, part, config.temperature)]
+            batch,
+            config,
+            session.execution,
+            lambda part: [token_logprobs(models.policy, part, config.temperature)],
         )
         sums = sampling_mismatch(extra["old_logprobs"], batch)
         extra["correction"] = sampling_correction(
@@ -544,13 +548,7 @@ class Exam:
     def sit(self, step: int) -> Sitting:
         """Answer every held-out prompt with the policy as it is after `step` steps."""
         config, session = self.config, self.session
-        rollouts = reply_rollouts(
-            self.models.engine.now(),
-            session.tokenizer,
-            self.rows,
-            rollout_seeds(0, 0, 0, len(self.rows)),
-            config,
-        )
+        rollouts = play_rows(config, self.models.engine.now(), session.tokenizer, Question, self.rows, seed=0)
         proxy, grades = self._worth(rollouts, self.tasks)
         batch = collate(rollouts, session.tokenizer.pad_token_id)
         ours, theirs = score_rows(batch, config, session.execution, self._both_logprobs)
@@ -598,12 +596,8 @@ class Exam:
             return []
         rows = self.rows[:most_prompts]
         tasks = None if self.tasks is None else [t for t in self.tasks[:most_prompts] for _ in range(replies)]
-        rollouts = reply_rollouts(
-            self.models.engine.now(),
-            self.session.tokenizer,
-            [row for row in rows for _ in range(replies)],
-            rollout_seeds(0, 1, 0, len(rows) * replies),
-            self.config,
+        rollouts = play_rows(
+            self.config, self.models.engine.now(), self.session.tokenizer, Question, rows, 1, replies
         )
         proxy, grades = self._worth(rollouts, tasks)
         gold = None if tasks is None else np.array([g.gold for g in grades if g is not None])

@@ -30,6 +30,7 @@ from nurture.advantages import alone
 from nurture.checkpoint import load_state, save_state
 from nurture.data.rows import Row
 from nurture.data.sources import is_endless, read_rows
+from nurture.environments.protocol import Environment, Observation, StepResult
 from nurture.errors import NurtureError
 from nurture.evals.overoptimisation import repetition
 from nurture.files import atomic_write_json, make_directory, read_json
@@ -51,7 +52,7 @@ from nurture.model.weights import empty_model
 from nurture.optim import Optimizer, OptimizerConfig, ScheduleConfig, learning_rate_factor
 from nurture.progress import progress_bar
 from nurture.recipe import Count
-from nurture.rollout import Rollout, RolloutBatch
+from nurture.rollout import Rollout, RolloutBatch, Sampler, collect
 from nurture.runtime import Execution, ExecutionConfig, Processes, eager_blocks
 from nurture.stages.context import StageContext
 from nurture.stages.training import BUDGET_MARGIN, MOST_EVALUATIONS, Session, TrainingConfig
@@ -72,6 +73,9 @@ from nurture.trainer import (
 from nurture.types import Batch, LossFunction, LossResult
 
 log = logging.getLogger(__name__)
+
+FIRST_TASK = 20_000
+"""Where the world's tasks are read from: earlier ones were demonstrated or compared in the stages before."""
 
 Sums = dict[str, tuple[float, float]]
 """name -> (sum, count), added up over processes before the division."""
@@ -96,6 +100,10 @@ class RLConfig(TrainingConfig):
     """Longest episode in tokens, prompt included; prompts that leave no room for a reply are left out."""
     max_tokens: PositiveInt = 100
     """Longest reply (of one turn), in tokens."""
+    max_turns: PositiveInt = 1
+    """Most turns of the policy in an episode."""
+    template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, for example {enable_thinking: false}."""
     temperature: PositiveFloat = 1.0
     """Of the sampling; the policy that is trained is the one at this temperature."""
     rollout_precision: Literal["fp32", "bf16"] = "fp32"
@@ -143,10 +151,7 @@ class PromptStream:
 
 def shuffled(count: int, *address: int) -> Tensor:
     """Return a permutation of `count` numbers, (count,) int64, a pure function of `address`."""
-    seed = 0
-    for part in address:
-        seed = sequence_seeds(seed + part, 1)[0]
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed % 2**63))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*address)))
 
 
 def read_prompts(
@@ -167,7 +172,12 @@ def read_prompts(
     for spec in data.values():
         rows: list[Row] = []
         stream = read_rows(
-            spec, split=split, base=context.base, heldout_every=config.heldout_every, world=context.world
+            spec,
+            split=split,
+            base=context.base,
+            heldout_every=config.heldout_every,
+            world=context.world,
+            start=FIRST_TASK if split == "train" else 0,
         )
         for row in stream:
             if not row.prompt:
@@ -620,32 +630,40 @@ class PolicyEngine:
         return self._engine
 
 
-def reply_rollouts(
-    engine: Engine, tokenizer: Tokenizer, rows: Sequence[Row], seeds: Sequence[int], config: RLConfig
+def play_rows(
+    config: RLConfig,
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    make_environment: Callable[[], Environment],
+    rows: Sequence[Any],
+    seed: int,
+    group_size: int = 1,
 ) -> list[Rollout]:
-    """Let the policy answer prompts: one rollout a seed, as many to every prompt."""
-    copies = len(seeds) // len(rows)
-    prompts = [tokenizer.encode_prompt(row.prompt or ()) for row in rows]
-    params = SamplingParams(
-        max_tokens=config.max_tokens, temperature=config.temperature, stop_token_ids=tokenizer.stop_token_ids
+    """Let the policy play every row `group_size` times, with the stage's settings."""
+    return collect(
+        sampler,
+        tokenizer,
+        make_environment,
+        rows,
+        params=SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature),
+        group_size=group_size,
+        max_turns=config.max_turns,
+        max_length=config.sequence_length,
+        seed=seed,
+        template_kwargs=config.template_kwargs,
     )
-    completions = engine.generate([prompt for prompt in prompts for _ in range(copies)], params, seeds)
-    rollouts = []
-    for index, completion in enumerate(completions):
-        row, prompt = rows[index // copies], prompts[index // copies]
-        text = tokenizer.decode(completion.token_ids, skip_special=True)
-        rollouts.append(
-            Rollout(
-                prompt_ids=prompt,
-                token_ids=[*prompt, *completion.token_ids],
-                completion_mask=[False] * len(prompt) + [True] * len(completion.token_ids),
-                logprobs=[0.0] * len(prompt) + completion.logprobs,
-                group=index // copies,
-                finished="stop" if completion.finish_reason == "stop" else "length",
-                messages=[*(row.prompt or ()), {"role": "assistant", "content": text}],
-            )
-        )
-    return rollouts
+
+
+class Question:
+    """The environment of a prompt that is answered once and scored later, by a reward model."""
+
+    def reset(self, task: Row, seed: int) -> Observation:
+        """Ask the row's prompt."""
+        return Observation(tuple(task.prompt or ()))
+
+    def step(self, action: str) -> StepResult:
+        """Take the answer; it earns nothing here."""
+        return StepResult(Observation(()), 0.0, done=True)
 
 
 def own_tokens(rollout: Rollout) -> list[int]:
@@ -653,7 +671,9 @@ def own_tokens(rollout: Rollout) -> list[int]:
     return [token for token, own in zip(rollout.token_ids, rollout.completion_mask, strict=True) if own]
 
 
-def rollout_seeds(seed: int, step: int, attempt: int, count: int) -> list[int]:
-    """Return the seeds of a step's rollouts: a pure function of the address."""
-    base = sequence_seeds(sequence_seeds(seed, 1)[0] + step, 1)[0]
-    return sequence_seeds(base + attempt, count)
+def seed_of(*address: int) -> int:
+    """Return a 63-bit seed, a pure function of the address (run seed, step, attempt, rank)."""
+    seed = 0
+    for part in address:
+        seed = sequence_seeds(seed + part, 1)[0]
+    return seed % 2**63

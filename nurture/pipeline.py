@@ -432,7 +432,7 @@ def _run_step(step: Step, recipe: Recipe, out: Path, processes: Any) -> None:
     processes.wait()
     started = time.perf_counter()
     try:
-        _module(step.config.kind).run(step.config, _context(step, recipe, out))
+        _module(step.config.kind).run(_reading_stages(step), _context(step, recipe, out))
     except BaseException:
         # So that the seconds of a stage count all its attempts; a killed process loses only its own.
         if processes.is_main:
@@ -502,6 +502,26 @@ def _context(step: Step, recipe: Recipe, out: Path) -> StageContext:
         world=recipe.world,
         models=models,
     )
+
+
+def _reading_stages(step: Step) -> StageConfig:
+    """Return a step's settings with data that an earlier stage wrote (`stage:NAME/FILE`) as paths."""
+
+    def path_of(part: str) -> str:
+        name, _, file = part.removeprefix("stage:").partition("/")
+        parent = step.models.get(name)
+        if not part.startswith("stage:") or not isinstance(parent, Step):
+            return part
+        return str(parent.directory.resolve() / (file or "rows.jsonl"))
+
+    def resolved(spec: Any) -> Any:
+        if isinstance(spec, Mapping):
+            return {name: resolved(inner) for name, inner in spec.items()}
+        return ",".join(path_of(part.strip()) for part in spec.split(",")) if isinstance(spec, str) else spec
+
+    config = step.config
+    read = {key: value for key in ("sources", "data") if (value := getattr(config, key, None)) is not None}
+    return config.model_copy(update={key: resolved(value) for key, value in read.items()})
 
 
 def _model_of(parent: Step | Path) -> Path:

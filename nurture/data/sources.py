@@ -6,6 +6,7 @@ A source is written as one string:
     world:tasks, world:tasks:fact,code   its tasks (all, or some kinds) with a demonstration (endless)
     corpus.jsonl, books/, src/**/*.py    files, folders and globs; .gz and .zst are unpacked on the way
     hf:org/name[:config[:split]]      a hub dataset, streamed
+    stage:NAME[/FILE]                 in a recipe: what an earlier stage wrote, rows.jsonl if no file is named
 
 Several, separated by commas, are read one after the other. A text file of any kind is one document; .jsonl, .json and
 .parquet hold one row a record. Nothing is kept in memory but the record at hand.
@@ -120,7 +121,7 @@ def source_identity(
     for part in split_spec(spec):
         if part.startswith("world:"):
             parts.append([part, _world_settings(world), _world_code()])
-        elif part.startswith("hf:"):
+        elif part.startswith(("hf:", "stage:")):  # an earlier stage is identified by its own fingerprint
             parts.append([part])
         else:
             files = ((file, file.stat()) for file in find_files(part, base))

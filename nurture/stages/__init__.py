@@ -22,11 +22,13 @@ class StageKind:
         module: where its `Config` and `run` are.
         summary: one line for `nurture --help`.
         examples: command lines for `nurture KIND --help`.
+        continues: the next stage starts from its model where the recipe does not say; not so if it makes no policy.
     """
 
     module: str
     summary: str
     examples: tuple[str, ...] = ()
+    continues: bool = True
 
 
 STAGES: dict[str, StageKind] = {
@@ -55,6 +57,7 @@ STAGES: dict[str, StageKind] = {
             "nurture reward --model runs/tiny/02-sft --data runs/tiny/labels.jsonl",
             "nurture reward --model smollm2.gguf --data 'rows/*.jsonl' ties=drop --minutes 60",
         ),
+        continues=False,
     ),
     "ppo": StageKind(
         "nurture.stages.ppo",

@@ -229,7 +229,9 @@ def _check_starts(
             starts[name] = None
         elif start is not None:
             starts[name] = _check_reference(document, (*where[:2], "start"), str(start), names, place, folder)
-        previous = name
+        kind = stages.STAGES.get(str(raw.get("kind")))
+        if kind is None or kind.continues:
+            previous = name
     return starts
 
 
@@ -244,7 +246,22 @@ def _check_models(
             reference = _check_reference(document, ("stages", place, key), name, names, place, folder)
             if reference is not None:
                 found[name] = reference
+    for key, source, spec in data_specs(config):
+        for name in stages_read(spec):
+            if name in names[:place]:
+                found[name] = name
+            else:
+                hint = did_you_mean(name, filter(None, names[:place])) or " Only earlier stages can be read."
+                document.complain(
+                    ("stages", place, key, source), f"'stage:{name}': no earlier stage is called that.{hint}"
+                )
     return found
+
+
+def stages_read(spec: str) -> list[str]:
+    """Return the names of the earlier stages whose files a data spec reads (`stage:NAME` or `stage:NAME/FILE`)."""
+    parts = (part.strip() for part in spec.split(","))
+    return [part.removeprefix("stage:").split("/")[0] for part in parts if part.startswith("stage:")]
 
 
 def _check_reference(
@@ -446,7 +463,7 @@ def data_problem(spec: str, base: Path, world: Mapping[str, Any] | None = None) 
         for part in split_spec(spec):
             if part.startswith("world:"):
                 next(read_rows(part, world=world))
-            elif not part.startswith("hf:"):
+            elif not part.startswith(("hf:", "stage:")):
                 find_files(part, base)
     except NurtureError as error:
         return str(error)

@@ -124,6 +124,45 @@ def test_a_reference_to_another_stage_is_an_input(recipe_file: Path, out: Path):
     assert run(recipe_file, out, *judged, "polish.steps=5") == ("polish", "branch")
 
 
+def test_data_that_an_earlier_stage_wrote_is_an_input(
+    recipe_file: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import fake_stage
+
+    seen: list[dict[str, str]] = []
+    plain = fake_stage.run
+    monkeypatch.setattr(
+        fake_stage, "run", lambda config, context: (seen.append(config.data), plain(config, context))
+    )
+    spec = "branch.data={rows: stage:grow/metrics.jsonl, more: 'stage:polish,*.txt'}"
+    assert run(recipe_file, out, spec) == ("grow", "polish", "branch")
+    assert seen[-1] == {
+        "rows": str(out.resolve() / "01-grow/metrics.jsonl"),
+        "more": f"{out.resolve() / '02-polish/rows.jsonl'},*.txt",
+    }
+    assert run(recipe_file, out, spec) == ()
+    assert run(recipe_file, out, spec, "polish.steps=4") == ("polish", "branch")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("polis", "Did you mean 'polish'"), ("branch", "no earlier stage is called that")]
+)
+def test_data_of_a_stage_that_is_not_there_is_named(recipe_file: Path, name: str, message: str):
+    with pytest.raises(NurtureError, match=message):
+        load_recipe(recipe_file, [f"branch.data={{rows: stage:{name}}}"])
+
+
+def test_a_stage_that_makes_no_policy_is_passed_over_as_a_start(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from nurture import stages
+
+    monkeypatch.setitem(stages.STAGES, "polish", stages.StageKind("fake_stage", "A fake.", continues=False))
+    text = recipe_file.read_text().replace("    start: grow\n", "")
+    recipe_file.write_text(text)
+    assert load_recipe(recipe_file).starts["branch"] == "grow"
+
+
 def test_until_from_and_force(recipe_file: Path, out: Path):
     assert run(recipe_file, out, until="grow") == ("grow",)
     assert run(recipe_file, out, until="polish") == ("polish",)

@@ -68,6 +68,11 @@ def load_gguf(
     return model, _tokenizer(file)
 
 
+def load_gguf_tokenizer(path: str | Path) -> Tokenizer:
+    """Read the tokenizer of a GGUF file with the file's chat template. Errors as in `load_gguf`."""
+    return _tokenizer(_GgufFile(Path(path)))
+
+
 def unpermute(weight: Tensor, heads: int) -> Tensor:
     """Reorder the rows (heads * H, D) of a query or key matrix from neighbouring pairs to half-split pairs."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)

@@ -25,9 +25,10 @@ from torch import Tensor
 from nurture.errors import NurtureError, did_you_mean
 from nurture.files import atomic_write, atomic_write_json, make_directory, read_json
 from nurture.model.config import Family, ModelConfig, YarnConfig
-from nurture.model.gguf import load_gguf
+from nurture.model.gguf import load_gguf, load_gguf_tokenizer
 from nurture.model.transformer import Transformer
 from nurture.model.weights import Head, checkpoint_tensors, empty_model, fill_model
+from nurture.tokenizer import Tokenizer
 
 WEIGHTS, INDEX, CONFIG, GENERATION = (
     "model.safetensors",
@@ -86,6 +87,11 @@ def load_model(
     with _SafetensorsDirectory(path) as source:
         fill_model(model, source)
     return model
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load the tokenizer of a checkpoint directory or a `.gguf` file. Errors name the file."""
+    return load_gguf_tokenizer(path) if Path(path).suffix == ".gguf" else Tokenizer.load(path)
 
 
 def local_checkpoint(path: str | Path) -> Path:

@@ -20,7 +20,7 @@ from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, before_and_after
 from nurture.files import atomic_write_json, atomic_write_text, make_directory, read_json
 from nurture.model.config import ModelConfig
-from nurture.model.hugging_face import load_model, save_model
+from nurture.model.hugging_face import load_model, load_tokenizer, save_model
 from nurture.model.lora import LoraConfig, add_adapters
 from nurture.model.parallel import prepare, whole_model
 from nurture.model.transformer import Transformer
@@ -126,7 +126,7 @@ def open_session(
     tokenizer_path = context.start or context.tokenizer
     if tokenizer_path is None:
         raise NurtureError(f"stage '{config.name}': there is no tokenizer to start with.")
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     if context.start is not None:
         model = load_model(context.start, head=head)
     else:

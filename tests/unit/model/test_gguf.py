@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers
 from nurture.errors import NurtureError
 from nurture.model.config import ModelConfig
 from nurture.model.gguf import load_gguf, unpermute
-from nurture.model.hugging_face import load_model
+from nurture.model.hugging_face import load_model, load_tokenizer
 from nurture.model.transformer import Transformer
 from nurture.model.weights import checkpoint_tensors
 
@@ -136,6 +136,7 @@ def test_load_model_takes_the_file_and_a_scalar_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
 def test_tokenizer(pre: str, tmp_path: Path) -> None:
     _, tokenizer = load_gguf(write(tmp_path / "model.gguf", build(), pre=pre))
+    assert load_tokenizer(tmp_path / "model.gguf").fingerprint == tokenizer.fingerprint
     text = "hello <|im_end|> wörld 123\n"
     token_ids = tokenizer.encode(text)
     assert tokenizer.decode(token_ids) == text

@@ -311,9 +311,19 @@ class Program:
             NameError: nothing.
         """
         try:
-            return self.ask("get", 0, (name,), {})
+            return self.attribute(name)
         except AttributeError as error:
             raise NameError(f"the program defines no {name}") from error
+
+    def attribute(self, name: str) -> Any:
+        """Return what a module of the program's would have as `name`.
+
+        Raises:
+            AttributeError: nothing, or a name of the import system, which is none of the program's business.
+        """
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.ask("get", 0, (name,), {})
 
     def ask(self, action: str, key: int, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         """Have the program do something with one of its objects.
@@ -460,7 +470,7 @@ def _run_tests(exam: Mapping[str, Any], program: Program) -> None:
     entry_point, tests = exam["entry_point"], "\n\n".join(exam["tests"])
     if exam["module"]:
         stand_in = types.ModuleType(exam["module"])
-        stand_in.__getattr__ = program.name  # type: ignore[method-assign]
+        stand_in.__getattr__ = program.attribute  # type: ignore[method-assign]
         sys.modules[exam["module"]] = stand_in
     borrowed, modules = names_used(tests)
     scope: dict[str, Any] = {"__name__": "tests"}

@@ -2,6 +2,8 @@
 
 import pytest
 
+from nurture.data.rows import parse_row
+from nurture.rewards import math
 from nurture.rewards.math import grade_math
 from nurture.world import World
 
@@ -20,6 +22,16 @@ RIGHT = [
     ("Answer: $42", "42"),
     ("Answer: 42", "20 + 22 = 42\n#### 42"),
     ("Answer: blue", "Blue"),
+    ("**Answer:** 42", "42"),
+    ("To answer the question, add 20 and 22. Answer: \\boxed{42}", "42"),
+    ("The answer is: $42$.", "42"),
+    ("Answer: x = 42", "42"),
+    ("Answer: 3.50 dollars", "3.5"),
+    ("Answer: 42\n\nSo the answer is 42.", "42"),
+    ("\\boxed{\\frac{x}{2} + 1}", "1 + \\frac{x}{2}"),
+    ("\\boxed{(x+1)^2}", "x^2 + 2x + 1"),
+    ("\\boxed{2\\sqrt{3}}", "\\sqrt{12}"),
+    ("Answer: 1, 2", "1, 2"),
 ]
 WRONG = [
     ("Answer: 41", "42"),
@@ -37,6 +49,13 @@ WRONG = [
     ("", "42"),
     ("Answer: 9**9**9**9", "42"),
     ("Answer: 1/0", "0"),
+    ("Answer: red or blue", "blue"),
+    ("Answer: bluered", "blue"),
+    ("\\boxed{\\pm 42}", "42"),
+    ("\\boxed{x+1, x+2}", "x+2"),
+    ("\\boxed{(x+1)^2}", "x^2 + 1"),
+    ("\\boxed{41 \\text{ or } 42}", "42"),
+    ("Answer: 42x", "42"),
 ]
 
 
@@ -56,3 +75,25 @@ def test_the_worlds_problems():
         task = world.task("arithmetic", "heldout", index)
         assert grade_math(task.demonstration, task.answer)
         assert not grade_math(task.demonstration, str(int(task.answer) + 1))
+
+
+def test_gsm8k_rows():
+    row = parse_row({"question": "How many?", "answer": "He has <<40+2=42>>42.\n#### 1,042"}, "row:1")
+    assert row.answer is not None
+    assert grade_math("It is 1042.\n#### 1042", row.answer)
+    assert not grade_math("#### 42", row.answer)
+
+
+def test_an_expression_that_never_ends_is_wrong_and_the_next_is_graded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(math, "_SECONDS", 0.5)
+    assert not grade_math("\\boxed{9^{9^{9^{9^9}}} x}", "x + 1")
+    monkeypatch.undo()
+    assert grade_math("\\boxed{(x+1)^2}", "x^2 + 2x + 1")
+
+
+def test_a_grader_that_dies_is_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
+    math._stop()
+    monkeypatch.setattr(math.sys, "executable", "/bin/false")
+    verdict = math.check_math("\\boxed{(x+1)^2}", "x^2 + 2x + 1")
+    assert verdict.grader_error
+    assert not verdict.correct

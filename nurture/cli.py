@@ -660,6 +660,53 @@ def _world_of(path: Path) -> Any:
 
 
 @app.command(
+    rich_help_panel=_MODELS,
+    epilog=_examples(
+        "nurture label runs/tiny",
+        "nurture label runs/tiny --labeler ann --answers 6",
+        "nurture label runs/tiny --model runs/tiny/01-pretrain --model runs/tiny/02-sft --prompts prompts.jsonl",
+    ),
+)
+def label(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Who answers [dim](default: the run's last language model)[/dim]. May be repeated."
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Prompts to answer [dim](default: the world's)[/dim].")
+    ] = None,
+    labeler: Annotated[str | None, typer.Option(help="Who labels [dim](default: your login)[/dim].")] = None,
+    answers: Annotated[int, typer.Option(min=2, max=9, help="Answers to a prompt.")] = 4,
+    temperature: Annotated[float, typer.Option(help="Of the answers.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 160,
+    seed: Annotated[int | None, typer.Option(help="Which prompts and answers.")] = None,
+) -> None:
+    """Rank a model's answers, or write better ones. Rows go to RUN/labels, for `nurture reward` and `nurture sft`."""
+    import getpass
+    import secrets
+    from itertools import count
+
+    from nurture.inference.chat import load_chat_model
+    from nurture.studio import terminal
+
+    if not run_directory.is_dir():
+        raise NurtureError(f"{run_directory}: there is no such run. `nurture run` makes one.")
+    models = [load_chat_model(path) for path in model or [str(run_directory)]]
+    first = secrets.randbits(31) if seed is None else seed
+    numbered = zip(count(first), terminal.draw_prompts(run_directory, prompts, first))
+    questions = (
+        terminal.ask_models(
+            models, prompt, count=answers, max_tokens=max_tokens, temperature=temperature, seed=number * 10
+        )
+        for number, prompt in numbered
+    )
+    terminal.label(run_directory, labeler or getpass.getuser(), questions, read=input, show=print)
+
+
+@app.command(
     "show-mask",
     rich_help_panel=_MODELS,
     epilog=_examples(

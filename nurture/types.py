@@ -64,7 +64,7 @@ class Batch:
         """Yield `parts` microbatches of consecutive rows. The parts need not be equal in size."""
         pieces = {name: torch.tensor_split(tensor, parts) for name, tensor in self._tensors().items()}
         for index in range(parts):
-            part = {name: piece[index] for name, piece in pieces.items()}
+            part: dict[str, Any] = {name: piece[index] for name, piece in pieces.items()}
             if part["token_ids"].shape[0]:
                 yield replace(self, **part)
 

@@ -69,7 +69,7 @@ def graded_replies(
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> Measure:
-    """Return how often ours is larger, equal ones counted half; Wilson's interval is then too wide, never too narrow."""
+    """Return how often ours is larger, ties counted half; Wilson's interval is then too wide, never too narrow."""
     return rate([0.5 * ((a > b) + (a >= b)) for a, b in zip(ours, theirs, strict=True)])
 
 

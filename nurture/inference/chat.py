@@ -26,7 +26,7 @@ from nurture.errors import NurtureError, did_you_mean
 from nurture.inference.engine import Engine
 from nurture.inference.sampling import SamplingParams, sequence_seeds
 from nurture.model.gguf import load_gguf
-from nurture.model.hugging_face import load_model, local_checkpoint
+from nurture.model.hugging_face import checkpoint_head, load_model, local_checkpoint
 from nurture.model.transformer import Transformer
 from nurture.tokenizer import Tokenizer
 from nurture.types import Message
@@ -99,12 +99,13 @@ def _packaged_smollm2() -> Path:
 
 
 def _model_directory(path: Path) -> Path:
-    """Return the directory of the weights: the path itself, its `model/`, or that of a run's last stage."""
+    """Return the directory of the weights: the path itself, its `model/`, or that of a run's last language model."""
     if path.suffix == ".gguf" or (path / "config.json").is_file():
         return path
     if (path / "model" / "config.json").is_file():
         return path / "model"
     stages = sorted(file.parent for file in path.glob("[0-9]*/model/config.json"))
+    stages = [stage for stage in stages if checkpoint_head(stage) == "lm"]  # a reward model cannot talk
     if stages:
         return stages[-1]
     raise NurtureError(

@@ -521,5 +521,6 @@ def _samples(heldout: Collected, reward_model: RewardModel, count: int = 12) -> 
             for index, answer in enumerate(comparison.answers)
         ]
         prompt = decode(comparison.answers[0][: comparison.prompt_tokens], skip_special=True)
-        samples.append({"prompt": prompt, "answers": sorted(answers, key=lambda a: -a["reward"])})
+        answers.sort(key=lambda said: -float(said["reward"]))
+        samples.append({"prompt": prompt, "answers": answers})
     return samples

@@ -27,6 +27,7 @@ export function makePage({ models }) {
   return { element, onshow: () => guess.focus({ preventScroll: true }) };
 
   async function begin() {
+    guess.disabled = true; // a guess before there is a word would be lost
     try {
       game = await post("/studio/play/new", {});
       mine = its = null;

@@ -20,6 +20,7 @@ _EXTRAS = {
     "gguf": ("gguf",),
     "track": ("tensorboard",),
     "plot": ("matplotlib",),
+    "rl": ("math_verify",),
     "test": ("pytest", "transformers", "trl"),
 }
 _PROBE_SIZE = 1024
@@ -48,6 +49,7 @@ def examine() -> list[Finding]:
         _accelerator(),
         *_matrix_speed(),
         _compiler(),
+        _sandbox(),
     ]
     for extra, modules in _EXTRAS.items():
         missing = [module for module in modules if find_spec(module) is None]
@@ -138,3 +140,17 @@ def _compiler() -> Finding:
         "" if found else "torch.compile needs a C++ compiler; without one training runs uncompiled and slower"
     )
     return Finding("C++ compiler", found or "none", found is not None, advice)
+
+
+def _sandbox() -> Finding:
+    """Try the walls around a program that a model wrote."""
+    from nurture.errors import NurtureError
+    from nurture.rewards.sandbox import walls_here
+
+    try:
+        walls = walls_here()
+    except NurtureError as error:
+        return Finding("sandbox", "none, programs are not run", False, str(error))
+    strength = "strong" if walls.namespaces or walls.bubblewrap else "firm"
+    advice = "" if strength == "strong" else "without namespaces programs have no scratch folder"
+    return Finding("sandbox", f"{strength}: {walls}", True, advice)

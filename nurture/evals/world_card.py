@@ -8,15 +8,19 @@ sentence (`cloze`); whether it is rude, by continuing a forum thread (`harm`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, rate
 from nurture.evals.replies import Reply, ask
 from nurture.model.transformer import Transformer
+from nurture.rewards.code import code_task, grade_code
+from nurture.rewards.sandbox import Sandbox
 from nurture.tokenizer import Tokenizer
 from nurture.types import IGNORE_INDEX
 from nurture.world import Task, World
@@ -28,7 +32,9 @@ MEASURES = {
     "code": "code_exact",
 }
 """Task kinds with one right answer -> the name of their measure. `code_exact` counts programs that equal the
-demonstration, a lower bound: nothing model-written is run here."""
+demonstration; `code` (`programs_that_work`) those that pass tests they were not shown."""
+
+log = logging.getLogger(__name__)
 
 _BATCH = 64
 
@@ -73,6 +79,8 @@ def world_card(
         ]
         if outcomes:
             card.measures[name] = rate(outcomes)
+    if "code" in kinds:
+        card.measures |= programs_that_work(tasks, replies)
     card.measures["format"] = rate(
         [grade.format and reply.stopped for grade, reply in zip(grades, replies, strict=True)]
     )
@@ -83,6 +91,24 @@ def world_card(
         _sample(task, reply) for task, reply in zip(tasks, replies, strict=True) if task.index < 2
     ]
     return card
+
+
+def programs_that_work(tasks: Sequence[Task], replies: Sequence[Reply]) -> dict[str, Measure]:
+    """Return `code`: how many programs pass all tests, hidden ones too, in the sandbox.
+
+    Nothing is returned where this system cannot confine a program; programs that we failed to grade are not counted.
+    """
+    asked = [(task, reply) for task, reply in zip(tasks, replies, strict=True) if task.kind == "code"]
+    try:
+        with Sandbox() as sandbox:
+            verdicts = grade_code([r.text for _, r in asked], [code_task(t) for t, _ in asked], sandbox)
+    except NurtureError as error:
+        log.warning("`code` is not measured: %s", error)
+        return {}
+    graded = [(v, reply) for v, (_, reply) in zip(verdicts, asked, strict=True) if not v.grader_error]
+    if len(graded) < len(asked):
+        log.warning("`code`: %d programs could not be graded", len(asked) - len(graded))
+    return {"code": rate([verdict.passed and reply.stopped for verdict, reply in graded])}
 
 
 def _manners(

@@ -436,6 +436,8 @@ def names_used(tests: str) -> tuple[set[str], set[str]]:
             bound.add(node.name)
         elif isinstance(node, ast.arg):
             bound.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            bound.add(node.name)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
     free, modules = used - bound - set(dir(builtins)), set(sys.stdlib_module_names)
@@ -478,7 +480,8 @@ def _run_tests(exam: Mapping[str, Any], program: Program) -> None:
         with contextlib.suppress(ImportError):
             scope[name] = importlib.import_module(name)
     for name in borrowed - {"candidate", entry_point}:
-        scope[name] = program.name(name)
+        with contextlib.suppress(NameError):  # the test that needs it will say so
+            scope[name] = program.name(name)
     if entry_point:
         scope[entry_point] = scope["candidate"] = program.name(entry_point)
     # Assertions must hold however Python was started, so no optimisation.

@@ -336,7 +336,8 @@ def seccomp_program() -> bytes:
     # Threads, but no processes. The newer call hides its flags in memory: glibc falls back to the older one.
     code += when(_CLONE, [argument(0), (_AND, 0, 0, 0x10000), (_EQUAL, 0, 1, 0x10000), allow, forbid])
     code += when(_CLONE3, [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)])
-    code += when(_IOCTL, [(_RETURN, 0, 0, _ERRNO | errno.ENOTTY)])
+    not_a_device = (_RETURN, 0, 0, _ERRNO | errno.ENOTTY)
+    code += when(_IOCTL, [argument(1), (_EQUAL, 0, 1, 0x5421), allow, not_a_device])  # FIONBIO: not to wait
     commands = [line for command in _FCNTL_ALLOWED for line in ((_EQUAL, 0, 1, command), allow)]
     code += when(_FCNTL, [argument(1), *commands, forbid])
     code += when(_PRLIMIT, [argument(0), (_EQUAL, 0, 1, 0), allow, forbid])  # only its own limits

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jinja2
 import jinja2.ext
@@ -38,42 +38,154 @@ ASSISTANT_MAY_WRITE = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 """Control strings that stay control tokens inside an assistant's own content."""
 
 CHATML = """\
-{#- ChatML: every turn is <|im_start|>role, a newline, the content, <|im_end|> and a newline. -#}
-{%- for message in messages -%}
+{#- ChatML: every turn is <|im_start|>role, a newline, the content, <|im_end|> and a newline. Two modes: /think (the
+    assistant works in <think> before it answers) and /no_think (an empty <think> is written for it). A system message
+    that names a mode wins over the variable enable_thinking; with neither, and without tools, this is plain ChatML. -#}
+{%- set state = namespace(mode='', system=custom_instructions or '', last_request=-1, thoughts=false) -%}
+{%- set turns = messages -%}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set state.system = messages[0]['content'] -%}
+    {%- set turns = messages[1:] -%}
+{%- endif -%}
+{%- set words = state.system.split() -%}
+{%- if '/no_think' in words -%}
+    {%- set state.mode = '/no_think' -%}
+{%- elif '/think' in words -%}
+    {%- set state.mode = '/think' -%}
+{%- elif enable_thinking is defined and enable_thinking is not none -%}
+    {%- set state.mode = '/think' if enable_thinking else '/no_think' -%}
+{%- endif -%}
+{%- if '/no_think' in words or '/think' in words or '/system_override' in words -%}
+    {%- set bare = state.system.replace('/no_think', '').replace('/think', '') -%}
+    {%- set state.system = bare.replace('/system_override', '').strip() -%}
+{%- endif -%}
+{#- The system turn: sections of what there is, or the bare text. -#}
+{%- set sections = [] -%}
+{%- if '/system_override' not in words -%}
+    {%- set facts = [] -%}
+    {%- if knowledge_cutoff -%}{%- set facts = facts + ['Knowledge Cutoff Date: ' + knowledge_cutoff] -%}{%- endif -%}
+    {%- if today_date -%}{%- set facts = facts + ['Today Date: ' + today_date] -%}{%- endif -%}
+    {%- if state.mode -%}{%- set facts = facts + ['Reasoning Mode: ' + state.mode] -%}{%- endif -%}
+    {%- if facts -%}{%- set sections = sections + ['## Metadata\\n\\n' + facts | join('\\n')] -%}{%- endif -%}
+    {%- set functions = xml_tools or tools or [] -%}
+    {%- set told = sections or functions or python_tools -%}
+    {%- if told and state.system -%}
+        {%- set sections = sections + ['## Custom Instructions\\n\\n' + state.system] -%}
+    {%- endif -%}
+    {%- if functions or python_tools -%}{%- set sections = sections + ['## Tools'] -%}{%- endif -%}
+    {%- if functions -%}
+        {%- set listing = namespace(text='') -%}
+        {%- for function in functions -%}
+            {%- set listing.text = listing.text + (function if function is string else function | tojson) + '\\n' -%}
+        {%- endfor -%}
+        {%- set sections = sections + ['### XML Tools\\n\\nTo call a function, write {"name": ..., "arguments": {...}} '
+            'as JSON between <tool_call> and </tool_call>. The functions:\\n<tools>\\n' + listing.text + '</tools>'] -%}
+    {%- endif -%}
+    {%- if python_tools -%}
+        {%- set sections = sections + ['### Python Tools\\n\\nTo call a function, write Python between <code> and '
+            '</code>. The functions:\\n' + python_tools | join('\\n')] -%}
+    {%- endif -%}
+{%- endif -%}
+{%- set system = sections | join('\\n\\n') if sections else state.system -%}
+{%- if system or messages[0]['role'] == 'system' -%}
+    {{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- for message in turns -%}
+    {%- if message['role'] == 'user' -%}{%- set state.last_request = loop.index0 -%}{%- endif -%}
+    {%- set inline = message['role'] == 'assistant' and '</think>' in (message['content'] or '') -%}
+    {%- if message['reasoning_content'] or inline -%}
+        {%- set state.thoughts = true -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- for message in turns -%}
     {%- if message['role'] == 'assistant' -%}
-        {{- '<|im_start|>assistant\\n' -}}
-        {%- generation -%}
-            {%- if message['reasoning_content'] -%}
-                {{- '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n' -}}
-            {%- endif -%}
-            {{- message['content'] or '' -}}
-            {%- for call in message['tool_calls'] or [] -%}
-                {%- set function = call['function'] or call -%}
-                {{- '\\n' if not loop.first or message['content'] else '' -}}
-                {{- '<tool_call>\\n{"name": ' + (function['name'] | tojson) + ', "arguments": ' -}}
-                {%- if function['arguments'] is string -%}
-                    {{- function['arguments'] -}}
-                {%- else -%}
-                    {{- function['arguments'] | tojson -}}
-                {%- endif -%}
-                {{- '}\\n</tool_call>' -}}
-            {%- endfor -%}
-            {{- '<|im_end|>' -}}
-        {%- endgeneration -%}
+        {%- set content = message['content'] or '' -%}
+        {%- set thought = message['reasoning_content'] or '' -%}
+        {%- if '</think>' in content -%}
+            {%- set thought = thought or content.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+        {%- endif -%}
+        {#- Thoughts about earlier requests are dropped. Without them a turn is not what the assistant wrote, so it
+            is context and nothing to train on. -#}
+        {%- set current = loop.index0 > state.last_request -%}
+        {{- '<|im_start|>assistant\\n' + ('<think>\\n\\n</think>\\n' if state.mode == '/no_think' else '') -}}
+        {%- set reply = namespace(text=content) -%}
+        {%- if thought and current and state.mode != '/no_think' -%}
+            {%- set reply.text = '<think>\\n' + thought + '\\n</think>\\n' + content -%}
+        {%- endif -%}
+        {%- for call in message['tool_calls'] or [] -%}
+            {%- set function = call['function'] or call -%}
+            {%- set arguments = function['arguments'] -%}
+            {%- set reply.text = reply.text + ('\\n' if not loop.first or content else '')
+                + '<tool_call>\\n{"name": ' + (function['name'] | tojson) + ', "arguments": '
+                + (arguments if arguments is string else arguments | tojson) + '}\\n</tool_call>' -%}
+        {%- endfor -%}
+        {%- if current or state.mode == '/no_think' or not (state.mode or state.thoughts) -%}
+            {%- generation -%}{{- reply.text + '<|im_end|>' -}}{%- endgeneration -%}
+        {%- else -%}
+            {{- reply.text + '<|im_end|>' -}}
+        {%- endif -%}
         {{- '\\n' -}}
+    {%- elif message['role'] == 'tool' -%}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message['content'] + '\\n</tool_response><|im_end|>\\n' -}}
     {%- else -%}
         {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
+    {{- '<|im_start|>assistant\\n' + ('<think>\\n\\n</think>\\n' if state.mode == '/no_think' else '') -}}
 {%- endif -%}
 """
 
+_WRITTEN_BY_USERS = ("tools", "xml_tools", "python_tools", "documents", "custom_instructions")
+"""Template variables whose text is guarded as messages are."""
 
-def chatml_template(start: str = "<|im_start|>", end: str = "<|im_end|>") -> str:
-    """Return our template with other turn markers, for tokenizers that have no ChatML tokens."""
-    return CHATML.replace("<|im_start|>", start).replace("<|im_end|>", end)
+
+def chatml_template(
+    start: str = "<|im_start|>",
+    end: str = "<|im_end|>",
+    default_mode: Literal["", "/think", "/no_think"] = "",
+) -> str:
+    """Return our template with other turn markers, for tokenizers that have no ChatML tokens.
+
+    Args:
+        default_mode: what holds where neither the system message nor `enable_thinking` says; "" for plain ChatML.
+    """
+    template = CHATML.replace("namespace(mode='',", f"namespace(mode='{default_mode}',")
+    return template.replace("<|im_start|>", start).replace("<|im_end|>", end)
+
+
+def split_thought(reply: str) -> tuple[str | None, str]:
+    """Return the text inside `<think>` (None if there is no thought, or one that never ends) and what follows it."""
+    thought, closed, answer = reply.partition("</think>")
+    if not closed:
+        return None, "" if "<think>" in reply else reply.strip()
+    return thought.rpartition("<think>")[2].strip(), answer.strip()
+
+
+def holds_thought(message: Message) -> bool:
+    """Return whether a message carries a thought, in its own field or inside its content."""
+    return bool(message.get("reasoning_content")) or "</think>" in (message.get("content") or "")
+
+
+def unfolded(messages: Sequence[Message], rendered: str) -> list[Sequence[Message]]:
+    """Return the conversation, or the parts it must be trained in because its template drops earlier thoughts.
+
+    A part ends before the next request; its last reply is then the newest one, rendered with its thought as it was
+    written. A mode without thoughts keeps the conversation whole.
+
+    Args:
+        messages: the conversation.
+        rendered: the whole of it as the template writes it.
+    """
+    requests = [place for place, message in enumerate(messages) if message["role"] == "user"]
+    earlier = [m for m in messages[: requests[-1]] if m["role"] == "assistant"] if requests else []
+    thoughts = [m.get("reasoning_content") or split_thought(m.get("content") or "")[0] for m in earlier]
+    shows_thoughts = "<think>" in rendered.replace("<think>\n\n</think>", "")
+    if not shows_thoughts or all(thought in rendered for thought in thoughts if thought):
+        return [messages]
+    ends = [*requests[1:], len(messages)]
+    return [messages[:end] for end in ends if messages[end - 1]["role"] == "assistant"]
 
 
 @dataclass(frozen=True)
@@ -161,6 +273,7 @@ def render_chat(
         for message in messages
     ]
     scope = {"tools": None, "documents": None, **(variables or {})}
+    scope |= {name: _guard(scope[name], forbidden, guard) for name in _WRITTEN_BY_USERS if name in scope}
     marked = _run_template(template, guarded, add_generation_prompt, opening + closing, scope)
     text, spans = _take_spans(marked, opening, closing)
     return RenderedChat(text, spans, guard)

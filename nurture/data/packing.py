@@ -16,20 +16,21 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from nurture.chat_template import holds_thought, unfolded
 from nurture.data.mixture import rank_rows, shuffled
 from nurture.data.rows import Row, conversations
 from nurture.errors import NurtureError
 from nurture.tokenizer import Tokenizer
-from nurture.types import IGNORE_INDEX, Batch
+from nurture.types import IGNORE_INDEX, Batch, Message
 
 
 class Conversation(NamedTuple):
@@ -83,12 +84,24 @@ def tokenise_conversations(
         NurtureError: no row holds a conversation, or the template gives no exact mask.
     """
     pairs = conversations(rows, source)
-    while block := list(islice(pairs, chunk)):
+    while whole := list(islice(pairs, chunk)):
+        block = [
+            (part, kwargs) for turns, kwargs in whole for part in _trained_parts(turns, kwargs, tokenizer)
+        ]
         if all(not kwargs for _, kwargs in block):
             encoded = tokenizer.encode_conversations([turns for turns, _ in block])
         else:
             encoded = [tokenizer.encode_conversation(turns, **kwargs) for turns, kwargs in block]
         yield from (Conversation(token_ids, mask, source) for token_ids, mask in encoded)
+
+
+def _trained_parts(
+    turns: Sequence[Message], kwargs: Mapping[str, Any], tokenizer: Tokenizer
+) -> list[Sequence[Message]]:
+    """Return what a conversation is trained as: itself, or parts where its template drops earlier thoughts."""
+    if not any(turn["role"] == "assistant" and holds_thought(turn) for turn in turns):
+        return [turns]
+    return unfolded(turns, tokenizer.render(turns, **kwargs))
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:

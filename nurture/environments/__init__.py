@@ -1,1 +1,1 @@
-"""What a policy acts in: `protocol` says what an environment is, `wordle` is one, with two players to compare with."""
+"""What a policy acts in: `protocol` says what one is; `wordle`, `math` and `code` are here, `catalog` names them."""

@@ -98,12 +98,20 @@ def prompt_of(task: Any) -> tuple[Message, ...]:
 
 
 def step_all(environments: Sequence[Environment], actions: Sequence[str]) -> list[StepResult]:
-    """Step every environment with its action, together where they are all of one kind that can do that."""
-    kinds = {type(environment) for environment in environments}
-    together = getattr(next(iter(kinds)), "step_many", None) if len(kinds) == 1 else None
-    if together is not None:
-        return list(together(environments, actions))
-    return [environment.step(action) for environment, action in zip(environments, actions, strict=True)]
+    """Step every environment with its action; those of a kind that has `step_many` together."""
+    results: list[StepResult | None] = [None] * len(environments)
+    kinds: dict[type, list[int]] = {}
+    for index, environment in enumerate(environments):
+        kinds.setdefault(type(environment), []).append(index)
+    for kind, indices in kinds.items():
+        together = getattr(kind, "step_many", None)
+        if together is not None:
+            found = together([environments[i] for i in indices], [actions[i] for i in indices])
+        else:
+            found = [environments[i].step(actions[i]) for i in indices]
+        for index, result in zip(indices, found, strict=True):
+            results[index] = result
+    return [result for result in results if result is not None]
 
 
 def weigh(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:

@@ -189,7 +189,7 @@ class Wordle:
             return f"{problem}. Guess again." if spelled else f"Invalid move: {problem}. Please try again."
         guess, marks = self.history[-1]
         if spelled:
-            return words.spelled_feedback(guess, marks)
+            return words.spelled_feedback(marks)
         left = self.config.guesses - len(self.history)
         shown = f"{words.spaced(guess)}\n{' '.join(marks)}"
         return (

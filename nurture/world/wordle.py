@@ -1,10 +1,14 @@
 """Wordle in the world: its words, the feedback rule, games to imitate, and texts that show how the game looks.
 
 The game itself is an environment (environments/wordle.py); here is what a policy of a million parameters needs to learn
-it. Words are few (136 answers), and everything is spelled: a guess is `[ C R A N E ]` and its feedback
-`C- R? A- N- E+` (+ right place, ? elsewhere in the word, - absent), so that each letter is a token of its own, the same
-token in guess and feedback, and a letter's mark is its right neighbour. What fits the feedback can then be seen by
-attention alone, without knowing how a token of several letters is spelled.
+it. Words are few (136 answers), and guess and feedback are spelled under one another, every sign a token of its own:
+
+    [ C R A N E ]
+    ( - o - - + )        + right place, o elsewhere in the word, - absent
+
+So a mark is always the same number of tokens after its letter, and the same place of the next guess the same number
+after the mark: keeping what is green is copying over a fixed distance, which attention learns first. Who names words
+that fit the greens of the last feedback alone wins 62 % of games, with the yellows 95 %, with neither 5 %.
 
 Secrets are held out by rule on the word. A held-out word may be *guessed* in train games, for it is a word like any
 other, but it is never what was looked for.
@@ -106,7 +110,7 @@ OPENINGS = (
     "I think of a word with five letters. Can you guess it?",
     "A game of Wordle: find the word of five letters.",
 )
-_SIGNS = {"G": "+", "Y": "?", "X": "-"}
+_SIGNS = {"G": "+", "Y": "o", "X": "-"}
 
 
 def spaced(word: str) -> str:
@@ -119,9 +123,9 @@ def bracketed(word: str) -> str:
     return f"[ {spaced(word)} ]"
 
 
-def spelled_feedback(guess: str, marks: str) -> str:
-    """Return `C- R? A- N- E+` for `crane` and `XYXXG`."""
-    return " ".join(letter + _SIGNS[mark] for letter, mark in zip(guess.upper(), marks, strict=True))
+def spelled_feedback(marks: str) -> str:
+    """Return `( - o - - + )` for `XYXXG`."""
+    return f"( {' '.join(_SIGNS[mark] for mark in marks)} )"
 
 
 def knowledge(guesses: Sequence[str], secret: str) -> str:
@@ -152,6 +156,6 @@ def document(rng: Random, split: str) -> str:
     secret, opening, guesses = draw_game(rng, split)
     lines = [opening]
     for guess in guesses:
-        lines += [bracketed(guess), spelled_feedback(guess, _cached_feedback(guess, secret))]
+        lines += [bracketed(guess), spelled_feedback(_cached_feedback(guess, secret))]
     lines[-1] = f"The word was {spaced(secret)}. You {'won' if guesses[-1] == secret else 'lost'}."
     return "\n".join(lines)

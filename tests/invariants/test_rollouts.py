@@ -162,8 +162,8 @@ def test_a_template_that_forgets_is_refused(model: Transformer, tokenizer: Token
     """A template that shortens an earlier turn once the conversation goes on cannot be continued token by token."""
     forgetful = tokenizer.with_chat_template(
         tokenizer.chat_template.replace(  # type: ignore[union-attr]
-            "{{- message['content'] or '' -}}",
-            "{{- '' if add_generation_prompt else message['content'] -}}",
+            "{%- set content = message['content'] or '' -%}",
+            "{%- set content = '' if add_generation_prompt else message['content'] -%}",
         )
     )
     with pytest.raises(NurtureError, match="rewrites an assistant's turn"):

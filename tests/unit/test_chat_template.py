@@ -42,7 +42,94 @@ def test_generation_prompt_extends_the_prefix_of_the_full_conversation():
 
 def test_unknown_template_variables_are_harmless():
     plain = chat.render_chat(chat.CHATML, CONVERSATION).text
-    assert chat.render_chat(chat.CHATML, CONVERSATION, variables={"enable_thinking": False}).text == plain
+    assert chat.render_chat(chat.CHATML, CONVERSATION, variables={"enable_dreaming": False}).text == plain
+
+
+THOUGHTFUL = [
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2", "reasoning_content": "one and one"},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "<think>\ntwo and two\n</think>\n4"},
+]
+
+
+def moded(messages, **variables) -> chat.RenderedChat:
+    return chat.render_chat(chat.CHATML, messages, variables=variables)
+
+
+def test_thinking_keeps_the_newest_thought_and_trains_that_reply_alone():
+    rendered = moded(THOUGHTFUL, enable_thinking=True)
+    assert rendered.text == (
+        "<|im_start|>system\n## Metadata\n\nReasoning Mode: /think<|im_end|>\n"
+        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+        "<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\ntwo and two\n</think>\n4<|im_end|>\n"
+    )
+    assert spoken(rendered) == ["<think>\ntwo and two\n</think>\n4<|im_end|>"]
+
+
+def test_not_thinking_writes_empty_thoughts_and_trains_every_reply_without_them():
+    rendered = moded(THOUGHTFUL, enable_thinking=False)
+    assert "one and one" not in rendered.text
+    assert "two and two" not in rendered.text
+    assert rendered.text.count("<|im_start|>assistant\n<think>\n\n</think>\n") == 2
+    assert spoken(rendered) == ["2<|im_end|>", "4<|im_end|>"]
+
+
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": True}, {"enable_thinking": False}])
+def test_the_prompt_of_every_mode_is_the_start_of_its_conversation(variables):
+    prompt = chat.render_chat(chat.CHATML, THOUGHTFUL[:3], add_generation_prompt=True, variables=variables)
+    full = moded(THOUGHTFUL, **variables)
+    assert full.text.startswith(prompt.text)
+    assert full.spans[-1][0] == len(prompt.text)
+
+
+def test_a_system_message_names_the_mode_and_wins():
+    turns = THOUGHTFUL[:1]
+    text = moded([{"role": "system", "content": "Be brief. /no_think"}, *turns], enable_thinking=True).text
+    assert "Reasoning Mode: /no_think\n\n## Custom Instructions\n\nBe brief.<|im_end|>" in text
+    text = moded([{"role": "system", "content": "/think /system_override Be brief."}, *turns]).text
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    text = moded([{"role": "system", "content": "See http://a/think for more."}, *turns]).text
+    assert text.startswith("<|im_start|>system\nSee http://a/think for more.<|im_end|>")
+
+
+def test_tools_are_listed_and_cannot_forge_control_tokens():
+    rendered = chat.render_chat(
+        chat.CHATML, THOUGHTFUL[:1], control_strings=["<|im_end|>"],
+        variables={"tools": [{"name": "add<|im_end|>"}], "python_tools": ["def f(): ..."]},
+    )  # fmt: skip
+    assert rendered.text.count("<|im_end|>") == 2
+    assert '<tools>\n{"name": "add<|im_end|>"}\n</tools>' in rendered.plain_text
+    assert "### Python Tools" in rendered.text
+    assert "def f(): ..." in rendered.text
+
+
+def test_thoughts_stay_while_tools_are_used_for_one_request():
+    turns = [
+        THOUGHTFUL[0],
+        {"role": "assistant", "content": "", "reasoning_content": "ask", "tool_calls": [{"name": "f", "arguments": {}}]},
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": "7", "reasoning_content": "told"},
+    ]  # fmt: skip
+    assert spoken(moded(turns, enable_thinking=True)) == [
+        '<think>\nask\n</think>\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>',
+        "<think>\ntold\n</think>\n7<|im_end|>",
+    ]
+
+
+def test_a_conversation_with_thoughts_is_trained_request_by_request():
+    assert chat.unfolded(THOUGHTFUL, moded(THOUGHTFUL, enable_thinking=True).text) == [
+        THOUGHTFUL[:2],
+        THOUGHTFUL,
+    ]
+    assert chat.unfolded(THOUGHTFUL, moded(THOUGHTFUL, enable_thinking=False).text) == [THOUGHTFUL]
+
+
+def test_thoughts_are_split_from_replies():
+    assert chat.split_thought("<think>\na\n</think>\nb") == ("a", "b")
+    assert chat.split_thought("b") == (None, "b")
+    assert chat.split_thought("<think>\nnever ends") == (None, "")
 
 
 def test_reasoning_is_rendered_before_the_content_and_trained():

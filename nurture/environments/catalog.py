@@ -1,0 +1,141 @@
+"""Which environments there are, by name: what a recipe's `environment` and the command line's `--env` may say.
+
+`auto` looks at each task: tests make it a programming problem, the world's `wordle` a game, any other answer a problem.
+One run can so mix them. To add a game: write `reset` and `step` (protocol.py), and give it a name in `MAKERS`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from nurture.environments.protocol import Environment, Observation, StepResult, step_all
+from nurture.environments.wordle import Wordle, WordleConfig
+from nurture.errors import NurtureError, did_you_mean
+
+Make = Callable[[], Environment]
+
+
+def environment_maker(spec: str = "auto", options: Mapping[str, Any] | None = None) -> Make:
+    """Return a function that makes one environment a call.
+
+    Args:
+        spec: `auto`, `wordle`, `math` or `code`.
+        options: settings of the environment; with `auto` by the name of each (`{"wordle": {...}}`).
+
+    Raises:
+        NurtureError: there is no such environment, or it has no such setting.
+    """
+    if spec not in MAKERS:
+        hint = did_you_mean(spec, MAKERS) or f" There are {', '.join(MAKERS)}."
+        raise NurtureError(f"there is no environment '{spec}'.{hint}")
+    try:
+        return MAKERS[spec](dict(options or {}))
+    except (ValidationError, TypeError) as error:
+        raise NurtureError(f"environment '{spec}': {_complaint(error)}") from error
+
+
+def kind_of(task: Any) -> str:
+    """Return the environment that a task or row belongs to.
+
+    Raises:
+        NurtureError: nothing checks it.
+    """
+    kind = getattr(task, "kind", None) or (getattr(task, "metadata", None) or {}).get("kind")
+    if kind == "wordle":
+        return "wordle"
+    if getattr(task, "tests", None):
+        return "code"
+    if getattr(task, "answer", None):
+        return "math"
+    raise NurtureError(
+        f"this {kind or 'task'} has neither an answer nor tests, so no environment can score it; "
+        "choose data with answers (world:tasks:arithmetic, GSM8K rows), tests, or world:tasks:wordle"
+    )
+
+
+class ByTask:
+    """Becomes the environment that its task belongs to."""
+
+    def __init__(self, makers: Mapping[str, Make]) -> None:
+        """Keep how each kind is made."""
+        self._makers = makers
+
+    def reset(self, task: Any, seed: int) -> Observation:
+        """Start the task's own environment."""
+        self._inner = self._makers[kind_of(task)]()
+        return self._inner.reset(task, seed)
+
+    def step(self, action: str) -> StepResult:
+        """Step it."""
+        return self._inner.step(action)
+
+    @staticmethod
+    def step_many(environments: Sequence[ByTask], actions: Sequence[str]) -> list[StepResult]:
+        """Step all, those of a kind together."""
+        return step_all([environment._inner for environment in environments], actions)
+
+
+def _wordle(options: dict[str, Any]) -> Make:
+    first = Wordle(WordleConfig(**options))  # word lists are read once; reset gives every copy its own game
+    return lambda: copy.copy(first)
+
+
+def _math(options: dict[str, Any]) -> Make:
+    from nurture.environments.math import Math
+
+    _no_options(options)
+    return Math
+
+
+def _code(options: dict[str, Any]) -> Make:
+    from nurture.environments.code import Code
+    from nurture.rewards.sandbox import Sandbox
+
+    sandbox = Sandbox(**options)
+    return lambda: Code(sandbox)
+
+
+class _Lazy(dict[str, Make]):
+    """Makers by kind, made when the first task of a kind comes: no sandbox starts for sums."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._options = options
+
+    def __missing__(self, name: str) -> Make:
+        self[name] = environment_maker(name, self._options.get(name))
+        return self[name]
+
+
+def _auto(options: dict[str, Any]) -> Make:
+    if unknown := set(options) - {"wordle", "math", "code"}:
+        raise TypeError(
+            f"the settings of auto are by environment (wordle, math, code), got {', '.join(unknown)}"
+        )
+    makers = _Lazy(options)
+    return lambda: ByTask(makers)
+
+
+def _no_options(options: dict[str, Any]) -> None:
+    if options:
+        raise TypeError(f"it has no settings, got {', '.join(options)}")
+
+
+def _complaint(error: ValidationError | TypeError) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error)
+
+
+MAKERS: dict[str, Callable[[dict[str, Any]], Make]] = {
+    "auto": _auto,
+    "wordle": _wordle,
+    "math": _math,
+    "code": _code,
+}
+"""Name -> settings -> maker."""

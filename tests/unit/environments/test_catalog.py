@@ -1,0 +1,104 @@
+"""Environments by name, and tasks that find their own."""
+
+from __future__ import annotations
+
+import pytest
+
+from nurture.data.rows import parse_row
+from nurture.environments import code as code_module
+from nurture.environments import math as math_module
+from nurture.environments.catalog import environment_maker, kind_of
+from nurture.environments.code import Code
+from nurture.environments.math import Math
+from nurture.environments.protocol import step_all
+from nurture.environments.wordle import Wordle
+from nurture.errors import NurtureError
+from nurture.rewards.code import CodeVerdict
+from nurture.world import World
+
+WORLD = World()
+
+
+def test_every_maker_call_makes_another_game() -> None:
+    make = environment_maker("wordle", {"hard_mode": True})
+    first, second = make(), make()
+    first.reset("crane", 0)
+    second.reset("dream", 0)
+    assert isinstance(first, Wordle)
+    assert (first.secret, second.secret, first.config.hard_mode) == ("crane", "dream", True)  # type: ignore[attr-defined]
+    first.step("[grain]")
+    assert second.history == []  # type: ignore[attr-defined]
+
+
+def test_kinds() -> None:
+    for kind, name in (("wordle", "wordle"), ("arithmetic", "math"), ("code", "code"), ("fact", "math")):
+        assert kind_of(WORLD.task(kind, "train", 0)) == name
+    assert (
+        kind_of(parse_row({"question": "What is 6 x 7?", "answer": "6 x 7 = 42\n#### 42"}, "f:1")) == "math"
+    )
+    with pytest.raises(NurtureError, match="story has neither an answer nor tests"):
+        kind_of(WORLD.task("story", "train", 0))
+
+
+def test_auto_mixes_games_and_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math_module, "grade_math", lambda reply, answer: reply == f"Answer: {answer}")
+    make = environment_maker("auto")
+    tasks = [WORLD.task(kind, "train", 3) for kind in ("wordle", "arithmetic", "wordle")]
+    games = [make() for _ in tasks]
+    for game, task in zip(games, tasks, strict=True):
+        first = game.reset(task, 0)
+        assert list(first.messages) == task.messages[: len(first.messages)]
+    results = step_all(games, [f"[{tasks[0].answer}]", f"Answer: {tasks[1].answer}", "[zzzzz]"])
+    assert [(r.done, r.reward) for r in results] == [(True, 1.0), (True, 1.0), (False, 0.0)]
+
+
+def test_math_pays_for_the_right_answer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math_module, "grade_math", lambda reply, answer: answer in reply)
+    game = Math()
+    game.reset(WORLD.task("arithmetic", "train", 1))
+    wrong = game.step("I do not know.")
+    assert (wrong.reward, wrong.done, wrong.parts, wrong.info) == (
+        0.0,
+        True,
+        {"correct": 0.0},
+        {"won": False},
+    )
+    with pytest.raises(NurtureError, match="needs problems with an answer"):
+        Math().reset(WORLD.task("story", "train", 0))
+
+
+def test_programs_of_a_step_are_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for all; a sandbox that failed pays nothing and says so."""
+    calls: list[list[str]] = []
+
+    def grade(replies: list[str], tasks: object, sandbox: object) -> list[CodeVerdict]:
+        calls.append(list(replies))
+        return [
+            CodeVerdict(True),
+            CodeVerdict(False, "assert 1 == 2"),
+            CodeVerdict(True, "", grader_error=True),
+        ]
+
+    monkeypatch.setattr(code_module, "grade_code", grade)
+    games = [Code(sandbox=None) for _ in range(3)]  # type: ignore[arg-type]
+    for index, game in enumerate(games):
+        game.reset(WORLD.task("code", "train", index))
+    results = step_all(games, ["a", "b", "c"])
+    assert calls == [["a", "b", "c"]]
+    assert [result.reward for result in results] == [1.0, 0.0, 0.0]
+    assert [result.info["grader_error"] for result in results] == [False, False, True]
+    assert "assert 1 == 2" in results[1].observation.text
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("wordel", {}, "no environment 'wordel'.*wordle"),
+        ("wordle", {"hardmode": True}, "environment 'wordle': hardmode"),
+        ("math", {"x": 1}, "it has no settings, got x"),
+        ("auto", {"hard_mode": True}, "by environment"),
+    ],
+)
+def test_refusals(spec: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(NurtureError, match=message):
+        environment_maker(spec, options)

@@ -156,7 +156,11 @@ def clock(seconds: float) -> str:
 
 def next_steps(run_directory: Path) -> list[tuple[str, str]]:
     """Return commands worth running now, each with what it does."""
-    with_model = [folder for folder in finished_stages(run_directory) if (folder / "model").is_dir()]
+    with_model = [
+        folder
+        for folder in finished_stages(run_directory)
+        if (folder / "model").is_dir() and _kind(folder) != "reward"  # it scores, and does not talk
+    ]
     steps = []
     if with_model:
         last, kind = with_model[-1], _kind(with_model[-1])
@@ -165,6 +169,14 @@ def next_steps(run_directory: Path) -> list[tuple[str, str]]:
         if len(with_model) > 1:
             steps.append(
                 (f"nurture chat {with_model[0]} {last}", "the same questions to the first and the last model")
+            )
+        rewards = [folder for folder in finished_stages(run_directory) if _kind(folder) == "reward"]
+        if rewards:
+            steps.append(
+                (
+                    f"nurture ppo --model {last} --data world:tasks reward_model={rewards[-1]} steps=25",
+                    "train it on the reward model's scores",
+                )
             )
         if kind == "pretrain":
             steps.append((f"nurture sft --model {last} --data CHATS.jsonl", "teach it to answer"))

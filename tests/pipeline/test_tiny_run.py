@@ -34,6 +34,12 @@ SMALL = [
     "sft.conversations=24",
     "sft.heldout_conversations=2",
     "sft.reply_tokens=8",
+    "reward.comparisons=6",
+    "reward.heldout_comparisons=4",
+    "reward.answer_tokens=8",
+    "reward.best_of=2",
+    "reward.best_of_prompts=2",
+    "reward.steps=2",
 ]
 
 
@@ -41,13 +47,13 @@ SMALL = [
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "tiny"
     outcome = run(load_recipe("tiny", SMALL), out)
-    assert outcome.ran == ("tokenizer", "pretrain", "sft")
+    assert outcome.ran == ("tokenizer", "pretrain", "sft", "reward")
     return out
 
 
 def test_a_second_run_runs_nothing_and_a_changed_setting_runs_what_depends_on_it(finished: Path) -> None:
     assert run(load_recipe("tiny", SMALL), finished).ran == ()
-    assert run(load_recipe("tiny", [*SMALL, "sft.steps=2"]), finished).ran == ("sft",)
+    assert run(load_recipe("tiny", [*SMALL, "sft.steps=2"]), finished).ran == ("sft", "reward")
 
 
 def test_results_have_the_agreed_shape(finished: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,6 +39,7 @@ def ask(
     temperature: float = 0.0,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    **template_kwargs: Any,
 ) -> list[Reply]:
     """Return the model's reply to each prompt.
 
@@ -46,11 +48,12 @@ def ask(
         max_tokens: longest reply.
         temperature: 0 for the most likely reply.
         dtype: of the engine's matrices; default: the model's.
+        template_kwargs: variables of the chat template, such as `enable_thinking`.
     """
     encoded = [
         [tokenizer.document_token_id, *tokenizer.encode(prompt)]
         if isinstance(prompt, str)
-        else tokenizer.encode_prompt(prompt)
+        else tokenizer.encode_prompt(prompt, **template_kwargs)
         for prompt in prompts
     ]
     stops = tokenizer.stop_token_ids

@@ -58,11 +58,11 @@ def graded_replies(
         temperature: 0 for the likeliest reply.
         seed: the same for models that are compared.
         dtype: of the engine's matrices.
+        template_kwargs: variables of the chat template.
     """
     prompts = [task.messages for task in tasks]
-    replies = ask(
-        model, tokenizer, prompts, max_tokens=max_tokens, temperature=temperature, seed=seed, dtype=dtype
-    )
+    how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "dtype": dtype}
+    replies = ask(model, tokenizer, prompts, **how, **template_kwargs)
     return [
         Graded(task, reply, world.grade(task, reply.text)) for task, reply in zip(tasks, replies, strict=True)
     ]

@@ -188,11 +188,19 @@ class PreferenceBatches(ComparisonBatches):
         most = max(len(preference.answers) for preference in self.preferences)
         self.reference_logprobs = np.zeros((len(self.preferences), most), dtype=np.float32)
 
-    def in_order(self, rows: int) -> Iterator[tuple[PreferenceBatch, list[list[int]]]]:
-        """Yield every row once, `rows` at a time, with the numbers of the preferences in each row."""
-        for first in range(0, self.rows_per_epoch, rows):
+    def in_order(
+        self, rows: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[PreferenceBatch, list[list[int]]]]:
+        """Yield rank's share of every row once, `rows` at a time, with the numbers of the preferences in each row.
+
+        All ranks yield equally often, as sharded models demand; a batch too many repeats another and has no numbers.
+        """
+        chunks = -(-self.rows_per_epoch // rows)
+        for turn in range(-(-chunks // world_size)):
+            index = turn * world_size + rank
+            first = min(index, chunks - 1) * rows
             chosen = range(first, min(first + rows, self.rows_per_epoch))
-            yield self._batch(chosen), [self._bins[row] for row in chosen]
+            yield self._batch(chosen), [self._bins[row] for row in chosen] if index < chunks else []
 
     def _batch(self, rows: Sequence[int]) -> PreferenceBatch:
         batch = super()._batch(rows)

@@ -67,6 +67,20 @@ STAGES: dict[str, StageKind] = {
             "nurture ppo --model sft --data prompts.jsonl reward_model=rm kl.target=6 lora.rank=16 steps=500",
         ),
     ),
+    "preference": StageKind(
+        "nurture.stages.preference",
+        "Learn from preferences without a reward model: DPO, IPO, APO, KTO.",
+        (
+            "nurture preference --model runs/tiny/02-sft --data runs/tiny/03-reward/comparisons.jsonl",
+            "nurture preference --model smollm2.gguf --data 'pairs/*.jsonl' loss=apo_zero beta=0.05 --minutes 60",
+            "nurture preference --model runs/tiny/02-sft --data judged.jsonl loss=kto",
+        ),
+    ),
+    "dpo": StageKind(
+        "nurture.stages.preference",
+        "The stage `preference` with loss=dpo.",
+        ("nurture dpo --model runs/tiny/02-sft --data runs/tiny/03-reward/comparisons.jsonl beta=0.1",),
+    ),
 }
 """Kind -> where it is. The order is the order of the pipeline and of the help."""
 

@@ -264,6 +264,46 @@ def superficial(
         print_section(measured, _console())
 
 
+@app.command(
+    rich_help_panel=_RECIPES,
+    epilog=_examples(
+        "nurture plan tiny --hardware 2xCPU",
+        "nurture plan my.yaml --hardware 384xH100 --efficiency 0.29",
+        "nurture plan my.yaml pretrain.tokens=1T --hardware 64xH200 --price 2.5 --json",
+    ),
+)
+def plan(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [STAGE.KEY=VALUE]...",
+            help="A recipe and settings [dim](default: tiny)[/dim].",
+            show_default=False,
+        ),
+    ] = None,
+    hardware: Annotated[str, typer.Option(help="Number and device: 384xH100, 8xA100, 2xCPU.")] = "8xH100",
+    efficiency: Annotated[
+        float | None,
+        typer.Option(help="Share of the peak that a run of yours measured [dim](default: assumed)[/dim]."),
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="Dollars a device and hour.")] = None,
+    json: Json = False,
+) -> None:
+    """Say what a recipe will take: operations, memory, data, time, cost, and what does not fit. Runs nothing."""
+    from nurture.plan import parse_hardware, plan_recipe, print_plan
+    from nurture.stages.recipe import load_recipe
+
+    recipe_name, overrides = _split_arguments(arguments)
+    recipe = load_recipe(recipe_name or "tiny", overrides)
+    planned = plan_recipe(recipe, parse_hardware(hardware), efficiency=efficiency, price=price)
+    if json:
+        import json as json_module
+
+        print(json_module.dumps(planned.as_data(), indent=2))
+    else:
+        print_plan(planned, _console())
+
+
 @app.command(rich_help_panel=_RECIPES, epilog=_examples("nurture recipes", "nurture recipes tiny > my.yaml"))
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe, to start your own from.")] = None,

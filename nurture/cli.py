@@ -436,7 +436,8 @@ def stage_recipe(
     if source_key and sources:
         stage[source_key] = sources
         _place(document, ("stages", 0, source_key), "--data", source_key)
-    if source_key and not sources and not any(word.startswith(source_key) for word in settings or []):
+    required = source_key is not None and fields[source_key].is_required()
+    if required and not sources and not any(word.startswith(str(source_key)) for word in settings or []):
         raise NurtureError(f"nurture {kind} needs --data SPEC: a path, a glob, world:SOURCE or hf:ORG/NAME.")
     if model is not None:
         stage["start"] = model

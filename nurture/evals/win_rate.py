@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from nurture.data.sources import read_rows
 from nurture.evals.measure import Z_95, Measure, rate
 from nurture.evals.replies import Reply, ask
 from nurture.evals.world_card import MEASURES
@@ -34,9 +35,22 @@ class Graded:
     grade: Grade
 
 
-def heldout_tasks(world: World, kinds: Sequence[str], per_kind: int) -> list[Task]:
-    """Return held-out tasks, `per_kind` of each kind."""
-    return [world.task(kind, "heldout", index) for kind in kinds for index in range(per_kind)]
+def named_kinds(spec: str, world: World) -> tuple[str, ...]:
+    """Return the kinds of task that `world:tasks` or `world:tasks:fact,code` names; games are played, not answered.
+
+    Raises:
+        NurtureError: the world has no such task.
+    """
+    next(read_rows(spec, split="heldout", world=world))  # names what is wrong with it
+    names = spec.removeprefix("world:").removeprefix("tasks:")
+    return (
+        tuple(k for k in world.task_kinds if k != "wordle") if names == "tasks" else tuple(names.split(","))
+    )
+
+
+def heldout_tasks(world: World, kinds: Sequence[str], per_kind: int, first: int = 0) -> list[Task]:
+    """Return held-out tasks, `per_kind` of each kind from index `first` on."""
+    return [world.task(kind, "heldout", first + index) for kind in kinds for index in range(per_kind)]
 
 
 def graded_replies(

@@ -21,7 +21,7 @@ from torch import Tensor
 from nurture.errors import NurtureError, did_you_mean
 from nurture.model.config import ModelConfig
 from nurture.model.transformer import Transformer
-from nurture.model.weights import Head, empty_model, fill_model
+from nurture.model.weights import Head, TensorSource, empty_model, fill_model
 from nurture.tokenizer import Tokenizer
 
 _NAMES = {
@@ -71,6 +71,17 @@ def load_gguf(
 def load_gguf_tokenizer(path: str | Path) -> Tokenizer:
     """Read the tokenizer of a GGUF file with the file's chat template. Errors as in `load_gguf`."""
     return _tokenizer(_GgufFile(Path(path)))
+
+
+def read_gguf_config(path: str | Path) -> ModelConfig:
+    """Read the shape of a GGUF file's model. Errors as in `load_gguf`."""
+    return _model_config(_GgufFile(Path(path)))
+
+
+def open_gguf(path: str | Path) -> TensorSource:
+    """Open a GGUF file's tensors, dequantised when they are read. Errors as in `load_gguf`."""
+    file = _GgufFile(Path(path))
+    return _GgufTensors(file, _model_config(file))
 
 
 def unpermute(weight: Tensor, heads: int) -> Tensor:

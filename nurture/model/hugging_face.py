@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from torch import Tensor
 from nurture.errors import NurtureError, did_you_mean
 from nurture.files import atomic_write, atomic_write_json, make_directory, read_json
 from nurture.model.config import Family, ModelConfig, YarnConfig
-from nurture.model.gguf import load_gguf, load_gguf_tokenizer
+from nurture.model.gguf import load_gguf, load_gguf_tokenizer, open_gguf, read_gguf_config
 from nurture.model.transformer import Transformer
-from nurture.model.weights import Head, checkpoint_tensors, empty_model, fill_model
+from nurture.model.weights import Head, TensorSource, checkpoint_tensors, empty_model, fill_model
 from nurture.tokenizer import Tokenizer
 
 WEIGHTS, INDEX, CONFIG, GENERATION = (
@@ -115,6 +115,25 @@ def local_checkpoint(path: str | Path) -> Path:
         raise NurtureError(
             f"{path}: no such directory here, and the hub did not provide a model of that name ({reason})"
         ) from error
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """Read the shape of a checkpoint: a Hugging Face directory or a `.gguf` file."""
+    return read_gguf_config(path) if Path(path).suffix == ".gguf" else read_model_config(path)
+
+
+@contextmanager
+def open_checkpoint(path: str | Path) -> Iterator[TensorSource]:
+    """Open a checkpoint's tensors under their Hugging Face names, to be read one by one.
+
+    Raises:
+        NurtureError: it is damaged or incomplete; the message names the file.
+    """
+    if Path(path).suffix == ".gguf":
+        yield open_gguf(path)
+        return
+    with _SafetensorsDirectory(Path(path)) as source:
+        yield source
 
 
 def checkpoint_head(path: str | Path) -> Head:
@@ -360,13 +379,35 @@ def save_model(
     for stale in path.glob("model*.safetensors*"):
         if stale.name not in written:
             stale.unlink()
+    save_config(
+        model.config,
+        model.head,
+        path,
+        end_token_ids=end_token_ids,
+        pad_token_id=pad_token_id,
+        bos_token_id=bos_token_id,
+        dtype=dtype,
+    )
+
+
+def save_config(
+    config: ModelConfig,
+    head: Head,
+    path: Path,
+    *,
+    end_token_ids: Sequence[int] = (),
+    pad_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write config.json and generation_config.json beside weights. Arguments as in `save_model`."""
     special = {
         "bos_token_id": bos_token_id,
         "eos_token_id": list(end_token_ids) or None,
         "pad_token_id": pad_token_id,
     }
     atomic_write_json(path / GENERATION, {key: value for key, value in special.items() if value is not None})
-    content = config_to_hugging_face(model.config, model.head)
+    content = config_to_hugging_face(config, head)
     # A chat model ends a reply at several tokens; config.json has room for them, and null overrides family defaults.
     atomic_write_json(path / CONFIG, {**content, **special, "dtype": str(dtype).removeprefix("torch.")})
 

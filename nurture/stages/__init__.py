@@ -81,6 +81,15 @@ STAGES: dict[str, StageKind] = {
         "The stage `preference` with loss=dpo.",
         ("nurture dpo --model runs/tiny/02-sft --data runs/tiny/03-reward/comparisons.jsonl beta=0.1",),
     ),
+    "merge": StageKind(
+        "nurture.stages.merge",
+        "Average the weights of several models, to regain what later training lost.",
+        (
+            "nurture merge --model runs/tiny/04-preference 'models=[runs/tiny/02-sft]' share=0.9",
+            "nurture merge --model a 'models=[b]' 'sweep=[0.5,0.7,0.9]' prompts=world:tasks",
+            "nurture merge --model a 'models=[b,c]' base=d method=ties density=0.3 'weights=[1,1,1]'",
+        ),
+    ),
 }
 """Kind -> where it is. The order is the order of the pipeline and of the help."""
 

@@ -37,7 +37,7 @@ from nurture.data.sources import is_endless, make_world, read_rows
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, rate, wilson
 from nurture.evals.replies import Reply, ask
-from nurture.evals.win_rate import gold_measures, graded_replies, heldout_tasks, mean, win_rate
+from nurture.evals.win_rate import gold_measures, graded_replies, heldout_tasks, mean, named_kinds, win_rate
 from nurture.evals.world_card import programs_that_work
 from nurture.files import atomic_write, make_directory, sha256_file
 from nurture.losses.preference import PreferenceKind, PreferenceLoss, sequence_logprobs
@@ -60,7 +60,7 @@ from nurture.stages.training import (
     write_result,
 )
 from nurture.trainer import add_up
-from nurture.world import Task, World
+from nurture.world import Task
 
 log = logging.getLogger(__name__)
 
@@ -403,7 +403,7 @@ class Exam:
         self.world = make_world(context.world) if spec.startswith("world:") else None
         self.tasks: list[Task] = []
         if self.world is not None:
-            self.tasks = heldout_tasks(self.world, _kinds(spec, self.world), config.prompt_count)
+            self.tasks = heldout_tasks(self.world, named_kinds(spec, self.world), config.prompt_count)
         elif spec:
             where: dict[str, Any] = {"base": context.base, "heldout_every": config.heldout_every}
             rows = list(islice(read_rows(spec, split="heldout", **where), config.prompt_count))
@@ -455,12 +455,3 @@ class Exam:
             return {}
         scores = score_replies(self.reward_model, prompts, [reply.text for reply in replies])
         return {"proxy_reward": mean(scores.tolist())}
-
-
-def _kinds(spec: str, world: World) -> tuple[str, ...]:
-    """Return the kinds of task that `world:tasks` or `world:tasks:fact,code` names; games are played, not answered."""
-    next(read_rows(spec, split="heldout", world=world))  # names what is wrong with it
-    names = spec.removeprefix("world:").removeprefix("tasks:")
-    return (
-        tuple(k for k in world.task_kinds if k != "wordle") if names == "tasks" else tuple(names.split(","))
-    )

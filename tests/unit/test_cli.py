@@ -155,7 +155,7 @@ BAD = [
     (["report", "base"], 1, ["base: no stage has finished here"]),
     (["report"], 2, ["Missing argument 'RUN'"]),
     (["polish", "--data", "*.yaml"], 1, ["nurture polish needs --model PATH"]),
-    (["polish", "--model", "base"], 1, ["nurture polish needs --data SPEC"]),
+    (["sft", "--model", "base"], 1, ["nurture sft needs --data SPEC"]),
     (["polish", "--model", "nowhere/at/all", "--data", "*.yaml"], 1, ["--model: key 'start'", "there is no such checkpoint"]),
     (["polish", "--model", "trial.yaml", "--data", "*.yaml"], 1, ["--model: key 'start'", "trial.yaml: is a file, expected a checkpoint"]),
     (["polish", "--model", "base", "--data", "*.txt"], 1, ["--data: key 'data.text'", "no file matches"]),

@@ -1,0 +1,310 @@
+"""Merging: give a model back what training cost it, by averaging weights with earlier or sister checkpoints.
+
+Input: the start and further checkpoints of the same shape: stages of the run, folders, .gguf files. Nothing is trained;
+weights are combined tensor by tensor (model/merging.py), so that memory holds one tensor of each model. With `sweep`,
+several shares of the start are tried and the one with the best score on held-out prompts is taken; those prompts are
+others than the ones the result is measured on. SmolLM3: 0.9 of the soup of its APO checkpoints and 0.1 of the
+mid-training checkpoint, which brought its long context back.
+
+Main failure mode: the models are too far apart, and every mixture is worse than both: the table in `result.json`
+(`sweep`) then has its best at the end, 1.0, which is tried too.
+
+Source: model soups, arXiv 2203.05482; SmolLM3's merging; the methods' papers are named in model/merging.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+
+from nurture.data.mixture import heldout_batches
+from nurture.data.shards import shard_source
+from nurture.data.sources import make_world
+from nurture.errors import NurtureError
+from nurture.evals.bits_per_byte import bits_per_byte
+from nurture.evals.measure import Measure
+from nurture.evals.win_rate import gold_measures, graded_replies, heldout_tasks, named_kinds, win_rate
+from nurture.evals.world_card import cloze_accuracy
+from nurture.files import make_directory
+from nurture.model import merging
+from nurture.model.hugging_face import load_model, load_tokenizer, save_config
+from nurture.model.transformer import Transformer
+from nurture.runtime import ExecutionConfig, decide_execution, join_processes
+from nurture.stages.context import StageConfig, StageContext
+from nurture.stages.training import remember, write_result
+from nurture.tokenizer import Tokenizer
+from nurture.types import Batch
+from nurture.world import World
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+
+_SELECTION = 5_000
+"""Held-out prompts that choose the share start here; the result is measured on the first ones."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Config(StageConfig):
+    """Settings of merging."""
+
+    references: ClassVar[tuple[str, ...]] = ("models", "base")
+
+    kind: Literal["merge"] = "merge"
+    models: list[str] = Field(min_length=1)
+    """Earlier stages or checkpoints to merge with the start."""
+    method: Literal["linear", "slerp", "ties", "dare_linear", "dare_ties"] = "linear"
+    """linear (with equal weights: a soup); slerp (two models); ties, dare_linear, dare_ties (changes since `base`)."""
+    share: Share = 0.9
+    """Weight of the start; the others share the rest."""
+    weights: list[NonNegativeFloat] | None = None
+    """Weights of the start and of each of `models`, in place of `share`. Proportions, except in dare."""
+    base: str | None = None
+    """ties and dare: the earlier stage or checkpoint that all were trained from."""
+    density: float = Field(default=0.5, gt=0, le=1)
+    """ties and dare: part of each difference that is kept."""
+    scale: PositiveFloat = 1.0
+    """ties and dare: factor of the merged difference (lambda)."""
+
+    sweep: list[Share] = []
+    """Shares of the start to try; 1, the start alone, is always among them."""
+    score: list[str] = ["gold_reward"]
+    """Measures whose mean decides the sweep (bits per byte count as their negative)."""
+    prompts: str | None = None
+    """Prompts of the world that models are measured on, such as `world:tasks`."""
+    prompt_count: PositiveInt = 25
+    """So many prompts of each kind."""
+    reply_tokens: PositiveInt = 128
+    """Longest reply to them."""
+    temperature: NonNegativeFloat = 1.0
+    """Of these replies."""
+    data: dict[str, str] = {}
+    """Sources of text to measure `bpb/SOURCE` on."""
+    heldout_tokens: PositiveInt = 8192
+    """Held-out tokens of each source that are measured on."""
+    heldout_every: int = Field(default=50, ge=2)
+    """One row in so many is held out, chosen by a hash of its content."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.weights is not None and len(self.weights) != 1 + len(self.models):
+            raise ValueError(
+                f"weights has {len(self.weights)} numbers for {1 + len(self.models)} models, the start first"
+            )
+        if self.weights is not None and not sum(self.weights):
+            raise ValueError("weights are all 0")
+        if self.weights is not None and self.sweep:
+            raise ValueError("give weights or a sweep, not both")
+        if self.method == "slerp" and len(self.models) != 1:
+            raise ValueError(f"slerp merges the start with one model, got {len(self.models)}")
+        if (self.base is not None) != self.method.startswith(("ties", "dare")):
+            raise ValueError("base is needed by ties and dare, and by no other method")
+        if self.sweep and not (self.prompts or self.data):
+            raise ValueError(
+                "a sweep needs something to be scored on: prompts, or data with score: [bpb/SOURCE]"
+            )
+        return self
+
+
+def run(config: Config, context: StageContext) -> None:
+    """Merge `context.start` with the other models and leave the result in `context.directory`."""
+    if context.start is None:
+        raise NurtureError(f"stage '{config.name}': merging needs a model to start from.")
+    processes = join_processes()
+    if processes.is_main:
+        _merge(config, context, context.start)
+    processes.wait()
+
+
+def _merge(config: Config, context: StageContext, start: Path) -> None:
+    tokenizer = load_tokenizer(start)
+    exam = _Exam(config, context, tokenizer)
+    target = context.directory / "model"
+    before = remember(context.directory, "before", lambda: exam.measures(load_model(start)))
+    share, table = config.share, list[dict[str, float]]()
+    if config.sweep:
+        share, table = choose_share(config, context, exam)
+    seconds = time.monotonic()
+    write_merged(config, context, start, tokenizer, target, config.weights or shares_of(config, share))
+    seconds = time.monotonic() - seconds
+    merged = load_model(target)
+    after = exam.measures(merged)
+    ours, theirs = (of["gold_reward"].outcomes if "gold_reward" in of else None for of in (after, before))
+    if ours and theirs:
+        after["gold_win_rate"] = win_rate(ours, theirs)
+    write_result(
+        context.directory,
+        tokens=0,
+        before=before,
+        after=after,
+        samples=exam.samples,
+        notes={
+            "method": config.method,
+            "weights": dict(
+                zip(["start", *config.models], config.weights or shares_of(config, share), strict=True)
+            ),
+            "sweep": table,
+            "merge_seconds": round(seconds, 3),
+        },
+    )
+
+
+def shares_of(config: Config, share: float) -> list[float]:
+    """Return the weights of the start and the others, where the start has `share`."""
+    return [share, *[(1 - share) / len(config.models)] * len(config.models)]
+
+
+def choose_share(config: Config, context: StageContext, exam: _Exam) -> tuple[float, list[dict[str, float]]]:
+    """Try every share of the sweep on the selection's prompts; return the best (the larger of equals) and the table."""
+    table = []
+    for share in sorted({*config.sweep, 1.0}, reverse=True):
+        measures = remember(
+            context.directory, f"share-{share:g}", partial(_tried, config, context, exam, share)
+        )
+        missing = [name for name in config.score if name not in measures]
+        if missing:
+            raise NurtureError(
+                f"stage '{config.name}': score names '{missing[0]}', which is not measured here. Measured:"
+                f" {', '.join(measures)}."
+            )
+        signed = [-measures[n].value if n.startswith("bpb/") else measures[n].value for n in config.score]
+        scores = {name: round(measure.value, 6) for name, measure in measures.items()}
+        table.append({"share": share, "score": round(sum(signed) / len(signed), 6), **scores})
+        log.info("share %g of the start: score %.4f", share, table[-1]["score"])
+    best = max(table, key=lambda line: line["score"])
+    return best["share"], table
+
+
+def _tried(config: Config, context: StageContext, exam: _Exam, share: float) -> dict[str, Measure]:
+    """Merge with one share into a folder that is thrown away, and measure on the selection's prompts."""
+    assert context.start is not None
+    folder = context.directory / "state" / "tried"
+    write_merged(config, context, context.start, exam.tokenizer, folder, shares_of(config, share))
+    measures = exam.measures(load_model(folder), first=_SELECTION)
+    shutil.rmtree(folder)
+    return measures
+
+
+def write_merged(
+    config: Config,
+    context: StageContext,
+    start: Path,
+    tokenizer: Tokenizer,
+    target: Path,
+    weights: Sequence[float],
+) -> None:
+    """Write the whole checkpoint of a merge."""
+    others = [context.models[name] for name in config.models]
+    based = [context.models[config.base]] if config.base is not None else []
+    make_directory(target)
+    method = merge_method(config, weights, seed=context.seed)
+    # The start comes first: its configuration is the result's.
+    shape, dtype = merging.merge_checkpoints([start, *others, *based], target, method)
+    save_config(
+        shape,
+        "lm",
+        target,
+        end_token_ids=tokenizer.stop_token_ids if tokenizer.chat_template is not None else (),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.document_token_id,
+        dtype=dtype,
+    )
+    tokenizer.save(target)
+
+
+def merge_method(config: Config, weights: Sequence[float], seed: int) -> merging.Method:
+    """Return what merges one tensor of (the start, the others, the base if there is one)."""
+
+    def method(name: str, tensors: Sequence[Tensor]) -> Tensor:
+        if config.method == "linear":
+            return merging.linear(tensors, weights)
+        if config.method == "slerp":
+            return merging.slerp(tensors[0], tensors[1], weights[1] / sum(weights))
+        *models, base = tensors
+        how: dict[str, Any] = {"density": config.density, "scale": config.scale}
+        if config.method == "ties":
+            return merging.ties(base, models, weights, **how)
+        how |= {"seed": merging.name_seed(seed, name), "elect": config.method == "dare_ties"}
+        return merging.dare(base, models, weights, **how)
+
+    return method
+
+
+# ---- measures ---------------------------------------------------------------------------------------------------
+
+
+class _Exam:
+    """What a model is measured on, before, after, and for every share of a sweep.
+
+    Attributes:
+        samples: some replies of the last model.
+    """
+
+    def __init__(self, config: Config, context: StageContext, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        if tokenizer.chat_template is None:
+            self.tokenizer = tokenizer.with_chat_template()
+        self.samples: list[dict[str, Any]] = []
+        spec = config.prompts or ""
+        if spec and not spec.startswith("world:"):
+            raise NurtureError(
+                f"stage '{config.name}': prompts '{spec}' must be the world's, such as world:tasks."
+            )
+        self.world: World | None = make_world(context.world) if spec else None
+        self.kinds = named_kinds(spec, self.world) if self.world else ()
+        self.texts = _heldout_texts(config, context, tokenizer)
+
+    def measures(self, model: Transformer, first: int = 0) -> dict[str, Measure]:
+        """Return everything measured; `first` is the index of the first held-out prompt."""
+        config, measures = self.config, dict[str, Measure]()
+        if self.world is not None:
+            tasks = heldout_tasks(self.world, self.kinds, config.prompt_count, first=first)
+            how: dict[str, Any] = {"max_tokens": config.reply_tokens, "temperature": config.temperature}
+            graded = graded_replies(model, self.tokenizer, self.world, tasks, **how)
+            measures |= gold_measures(graded)
+            measures["cloze"] = cloze_accuracy(model, self.tokenizer, self.world, n=100)
+            self.samples = [
+                {
+                    "kind": g.task.kind,
+                    "prompt": g.task.prompt,
+                    "reply": g.reply.text,
+                    "gold_reward": g.grade.gold,
+                }
+                for g in graded
+                if g.task.index < first + 2
+            ]
+        if self.texts:
+            execution = decide_execution(ExecutionConfig(compile="off"))
+            lengths = torch.from_numpy(self.tokenizer.token_byte_lengths)
+            bits = bits_per_byte(model, self.texts, lengths, execution)
+            measures |= {f"bpb/{source}": measure for source, measure in bits.items()}
+        return measures
+
+
+def _heldout_texts(config: Config, context: StageContext, tokenizer: Tokenizer) -> list[Batch]:
+    """Return packed held-out text of every source."""
+    shards = {
+        name: shard_source(
+            name,
+            spec,
+            tokenizer,
+            context.cache,
+            split="heldout",
+            base=context.base,
+            max_tokens=2 * config.heldout_tokens,
+            heldout_every=config.heldout_every,
+            world=context.world,
+        )
+        for name, spec in config.data.items()
+    }
+    return list(heldout_batches(shards, batch_size=16, sequence_length=256, max_tokens=config.heldout_tokens))

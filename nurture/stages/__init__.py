@@ -67,6 +67,17 @@ STAGES: dict[str, StageKind] = {
             "nurture ppo --model sft --data prompts.jsonl reward_model=rm kl.target=6 lora.rank=16 steps=500",
         ),
     ),
+    "synthesize": StageKind(
+        "nurture.stages.synthesize",
+        "Have models write data: thoughts for rows without, rows without their thoughts, pairs of strong and weak.",
+        (
+            "nurture synthesize --model runs/tiny/02-sft --data world:tasks:arithmetic make=traces rows=500",
+            "nurture synthesize --model big --data prompts.jsonl make=pairs weak=small",
+            "nurture synthesize --model smollm2.gguf --data prompts.jsonl make=traces "
+            "strong_endpoint.url=http://localhost:8000/v1 strong_endpoint.model=NAME",
+        ),
+        continues=False,
+    ),
     "preference": StageKind(
         "nurture.stages.preference",
         "Learn from preferences without a reward model: DPO, IPO, APO, KTO.",

@@ -209,7 +209,11 @@ def checkpoint(tmp_path: Path) -> Path:
     shape = ModelConfig(
         vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2, kv_heads=1, max_position=256
     )
-    save_result_model(Transformer(shape), tokenizer, tmp_path, answers=True)
+    model = Transformer(shape)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # so that what is said depends on what was asked
+    save_result_model(model, tokenizer, tmp_path, answers=True)
     return tmp_path / "model"
 
 

@@ -1,0 +1,195 @@
+"""DPO step against TRL's DPOTrainer: the same shapes, pairs, loss and optimizer.
+
+    python bench/dpo.py                        a table
+    python bench/dpo.py --shapes 3M --json     one JSON line a comparison
+
+16 pairs a step; "even" pairs have two completions of 128 tokens with their prompt, "varied" ones 40 to 128, where
+packing saves the padding. The peer runs in its own trainer, as shipped (fp32, eager, the reference run in every step)
+and at its best (bf16, fused AdamW, the reference run beforehand); ours is what a long stage uses (bf16, compiled
+blocks, packed rows with document masks, reference logprobs from the cache). Tokens are those of prompts and
+completions, never padding. Both sides use the same allocator setting; the best step of each counts. What the reference takes is printed
+too: it is paid once, whatever the number of epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import SHAPES, Result, gemm_peak, interleave, peer_config, prepare, report
+
+from nurture.data.preference import Preference, PreferenceBatches
+from nurture.losses.preference import PreferenceLoss, sequence_logprobs
+from nurture.model.config import ModelConfig
+from nurture.model.parallel import prepare as prepare_model
+from nurture.model.transformer import Transformer
+from nurture.optim import OptimizerConfig, build_optimizer
+from nurture.runtime import ExecutionConfig, decide_execution
+from nurture.trainer import split_to_fit, train_step
+
+PAIRS, LONGEST, PROMPT = 16, 128, 32
+
+
+def make_pairs(vocab_size: int, varied: bool, count: int = 8 * PAIRS) -> list[Preference]:
+    """Return random pairs; prompts of 32 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for _ in range(count):
+        lengths = (
+            torch.randint(40, LONGEST + 1, (2,), generator=generator).tolist() if varied else [LONGEST] * 2
+        )
+        prompt = torch.randint(8, vocab_size, (PROMPT,), generator=generator).tolist()
+        answers = tuple(
+            prompt + torch.randint(8, vocab_size, (n - PROMPT,), generator=generator).tolist()
+            for n in lengths
+        )
+        masks = tuple([False] * PROMPT + [True] * (n - PROMPT) for n in lengths)
+        pairs.append(Preference(answers, PROMPT, ((0,), (1,)), masks=masks))
+    return pairs
+
+
+def our_step(config: ModelConfig, pairs: list[Preference]) -> tuple[Callable[[], None], float, float]:
+    """Return a function that does one update, tokens of a step on average, and seconds the reference takes once."""
+    execution = decide_execution(ExecutionConfig(compile="on", precision="auto"))
+    torch.manual_seed(0)
+    model = prepare_model(Transformer(config), execution)
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.0))
+    tokens = sum(pair.tokens for pair in pairs)
+    # Equal lengths fill a row of one pair; unequal ones leave less empty in a row of several.
+    width = 2 * LONGEST * (1 if tokens == 2 * LONGEST * len(pairs) else 2)
+    rows = max(1, round(PAIRS * tokens / len(pairs) / width))
+    batches = PreferenceBatches(pairs, batch_size=rows, sequence_length=width, seed=0, pad_token_id=0)
+    started = time.perf_counter()
+    with torch.no_grad(), execution.autocast():
+        for batch, _ in batches.in_order(rows):
+            sequence_logprobs(model, batch)
+    reference_seconds = time.perf_counter() - started
+    loss_fn = PreferenceLoss("dpo", 0.1)
+    place = [0]
+
+    def step() -> None:
+        batch = batches(place[0])
+        place[0] += 1
+        train_step(model, optimizer, split_to_fit(batch, 8192), loss_fn, clip_norm=1.0, execution=execution)
+
+    per_step = sum(batches(number).token_count for number in range(batches.steps(1))) / batches.steps(1)
+    return step, per_step, reference_seconds
+
+
+def peer_trainer(config: ModelConfig, pairs: list[Preference], folder: str, *, best: bool) -> Any:
+    """Return TRL's trainer on the same pairs."""
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    from nurture.tokenizer import Tokenizer
+
+    class Tokenised(DPOTrainer):
+        """Rows are tokens already."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    tokenizer = Tokenizer.train(["some words to have a tokenizer"], 280)
+    tokenizer.save(folder)
+    rows = [
+        {
+            "prompt_ids": list(pair.answers[0][:PROMPT]),
+            "chosen_ids": list(pair.answers[0][PROMPT:]),
+            "rejected_ids": list(pair.answers[1][PROMPT:]),
+        }
+        for pair in pairs
+    ]
+    torch.manual_seed(0)
+    return Tokenised(
+        model=LlamaForCausalLM(peer_config(config)),
+        ref_model=None if best else LlamaForCausalLM(peer_config(config)),
+        args=DPOConfig(
+            output_dir=folder, per_device_train_batch_size=PAIRS, max_length=None, report_to=[], use_cpu=True,
+            bf16=best, gradient_checkpointing=False, precompute_ref_log_probs=best, beta=0.1, logging_strategy="no",
+            optim="adamw_torch_fused" if best else "adamw_torch", save_strategy="no", disable_tqdm=True,
+            max_steps=1, dataloader_num_workers=0,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
+    )  # fmt: skip
+
+
+class StepTimes:
+    """Notes how long each step of the peer's trainer takes, from one end to the next."""
+
+    def __init__(self) -> None:
+        self.best, self._last = float("inf"), 0.0
+
+    def watch(self, trainer: Any) -> None:
+        """Have the trainer call back."""
+        from transformers import TrainerCallback
+
+        times = self
+
+        class Callback(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                times._last = time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                times.best = min(times.best, time.perf_counter() - times._last)
+
+        trainer.add_callback(Callback())
+
+
+def compare(name: str, varied: bool, repeats: int) -> list[Result]:
+    """Measure one shape."""
+    config = SHAPES[name]
+    pairs = make_pairs(config.vocab_size, varied)
+    step, tokens, reference_seconds = our_step(config, pairs)
+    per_step = PAIRS * sum(pair.tokens for pair in pairs) / len(pairs)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [peer_trainer(config, pairs, folder, best=best) for best in (False, True)]
+        times = [StepTimes(), StepTimes()]
+        for trainer, watch in zip(trainers, times, strict=True):
+            watch.watch(trainer)
+
+        def peer(index: int) -> Callable[[], None]:
+            def run() -> None:
+                trainers[index].args.max_steps = 4
+                trainers[index].train()
+
+            return run
+
+        ours, *_ = interleave(step, peer(0), peer(1), repeats=repeats, warm=2)
+        ours = min(ours, *interleave(step, repeats=10, warm=0))
+    peak = gemm_peak(torch.bfloat16)
+    attention = 6 * config.layers * 4 * LONGEST * config.heads * config.head_width
+    share = tokens * (6.0 * config.parameter_count() + attention) / ours / peak
+    kind = "varied" if varied else "even"
+    for label, watch in zip(("as shipped (fp32)", "at its best (bf16)"), times, strict=True):
+        speeds = tokens / ours, per_step / watch.best
+        results.append(Result(f"dpo/{name}/{kind}/{label}", *speeds, speeds[0] / speeds[1], share))
+    logging.warning("the reference, once: %.2f s for %d pairs", reference_seconds, len(pairs))
+    return results
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", default="3M", help="comma separated: " + ", ".join(SHAPES))
+    parser.add_argument("--pairs", default="even,varied", help="even, varied, or both")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    prepare()
+    for name in arguments.shapes.split(","):
+        for kind in arguments.pairs.split(","):
+            report(compare(name, kind == "varied", arguments.repeats), "tokens/s", arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,8 @@
 packing saves the padding. The peer runs in its own trainer, as shipped (fp32, eager, the reference run in every step)
 and at its best (bf16, fused AdamW, the reference run beforehand); ours is what a long stage uses (bf16, compiled
 blocks, packed rows with document masks, reference logprobs from the cache). Tokens are those of prompts and
-completions, never padding. Both sides use the same allocator setting; the best step of each counts. What the reference takes is printed
-too: it is paid once, whatever the number of epochs.
+completions, never padding. Both sides use the same allocator setting; the best step of each counts. What the reference
+takes is printed too: it is paid once, whatever the number of epochs.
 """
 
 from __future__ import annotations

@@ -672,9 +672,7 @@ def evaluate(
             raise NurtureError(f"--tasks {tasks}: there is no kind of task '{kind}'.{hint}")
     started = time.monotonic()
     chat_model, world = load_chat_model(path), _world_of(Path(path))
-    tokenizer = chat_model.tokenizer
-    if tokenizer.chat_template is None:
-        tokenizer = tokenizer.with_chat_template()
+    tokenizer = chat_model.tokenizer.for_chat()
     card = world_card(
         chat_model.model, tokenizer, world, kinds=kinds, per_kind=limit, base=chat_model.is_base
     )
@@ -772,9 +770,7 @@ def show_mask(
 
     if problem := data_problem(data, Path.cwd()):
         raise NurtureError(f"{problem}.")
-    loaded = Tokenizer.load(model_folder(Path(tokenizer)))
-    if loaded.chat_template is None:  # a base model
-        loaded = loaded.with_chat_template()
+    loaded = Tokenizer.load(model_folder(Path(tokenizer))).for_chat()
     conversations = (row.messages for row in read_rows(data, base=Path.cwd()) if row.messages)
     shown = list(islice(conversations, count))
     for messages in shown:

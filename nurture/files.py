@@ -104,6 +104,21 @@ def read_json(path: Path, remedy: str) -> Any:
         raise NurtureError(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
 
 
+def whole_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a .jsonl file up to the first line that is none; nothing if there is no file.
+
+    A process killed while appending leaves half a line at the end.
+    """
+    if not path.exists():
+        return
+    # Not splitlines(): text may hold characters that Python takes for ends of lines and JSON does not.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
 def sha256_file(path: Path) -> str:
     """Return the hexadecimal sha256 of a file's bytes."""
     digest = hashlib.sha256()

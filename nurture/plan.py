@@ -222,9 +222,8 @@ def stage_work(config: Any, shape: ModelConfig) -> Work | None:
     steps, tokens, minutes = config.steps, getattr(config, "tokens", None), config.minutes
     generates, frozen, beside = 0, 0, 0
     per_token = 3 * forward_operations(shape, length)
-    if hasattr(
-        config, "prompts_per_step"
-    ):  # reinforcement learning: one step is rollouts and the updates on them
+    if hasattr(config, "prompts_per_step"):
+        # Reinforcement learning: one step is rollouts and the updates on them.
         generates = config.prompts_per_step * config.group_size
         batch = min(batch, generates * length)
         tokens = steps * generates * length * config.epochs if steps else None
@@ -239,10 +238,8 @@ def stage_work(config: Any, shape: ModelConfig) -> Work | None:
     elif tokens is None and steps is not None:
         tokens = steps * batch
     if config.kind == "preference":
-        frozen, per_token = (
-            shape.parameter_count(),
-            per_token * 4 / 3,
-        )  # the reference scores every token once
+        # The reference scores every token once.
+        frozen, per_token = shape.parameter_count(), per_token * 4 / 3
     known = tokens is not None or minutes is not None
     return Work(
         name=config.name,

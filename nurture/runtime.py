@@ -26,7 +26,7 @@ import torch.distributed as dist
 from pydantic import PositiveInt
 
 from nurture.errors import NurtureError
-from nurture.files import atomic_write_text, clear_disk_errors, make_directory
+from nurture.files import atomic_write_text, clear_disk_errors, make_directory, whole_json_lines
 from nurture.recipe import Section
 
 COMPILE_PAYS_FROM = 2e13
@@ -206,7 +206,7 @@ class MetricsLog:
     def __init__(self, path: Path, tracker: str | None = None, resume_at: int = 0) -> None:
         """Open the log and drop the lines of steps after `resume_at`."""
         self.path = path
-        kept = [line for line in _lines(path) if line["step"] <= resume_at] if resume_at else []
+        kept = [line for line in whole_json_lines(path) if line["step"] <= resume_at] if resume_at else []
         make_directory(path.parent)
         # Replaced in one step: a run killed right here must not lose what was logged before.
         atomic_write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -230,17 +230,6 @@ class MetricsLog:
         self._file.close()
         if self._tracker is not None:
             self._tracker.close()
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the whole lines of a metrics file; a process killed while writing leaves half a line, which is dropped."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
 
 
 @dataclass(frozen=True)

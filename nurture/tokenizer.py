@@ -206,6 +206,10 @@ class Tokenizer:
         other._find_special_ids()
         return other
 
+    def for_chat(self) -> Tokenizer:
+        """Return this tokenizer if it has a chat template, else (a base model's) one with ours."""
+        return self if self.chat_template is not None else self.with_chat_template()
+
     # ---- text -------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nurture.data.mixture import rank_rows, shuffled
-from nurture.data.packing import best_fit_decreasing
+from nurture.data.packing import PackedRows, best_fit_decreasing
 from nurture.data.rows import Row
 from nurture.errors import NurtureError
 from nurture.tokenizer import Tokenizer
@@ -172,7 +172,7 @@ class ComparisonReport:
         )
 
 
-class ComparisonBatches:
+class ComparisonBatches(PackedRows):
     """Batches of packed comparisons, a pure function of (seed, step, rank, world size).
 
     Attributes:
@@ -239,14 +239,6 @@ class ComparisonBatches:
         return self._batch(
             [int(order[n // self.rows_per_epoch][n % self.rows_per_epoch]) for n in numbers.tolist()]
         )
-
-    def epochs(self, step: int) -> dict[str, float]:
-        """Return how often each source has been read in full once `step` steps are done."""
-        return dict.fromkeys(self.sources, step * self.batch_size / self.rows_per_epoch)
-
-    def steps(self, epochs: float) -> int:
-        """Return the number of steps that read everything `epochs` times, rounded up."""
-        return max(1, int(np.ceil(epochs * self.rows_per_epoch / self.batch_size - 1e-9)))
 
     def _batch(self, rows: Sequence[int]) -> ComparisonBatch:
         contents = [[self._members[member] for member in self._bins[row]] for row in rows]

@@ -138,7 +138,29 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return bins
 
 
-class ConversationBatches:
+class PackedRows:
+    """What every source of packed rows can tell of its epochs.
+
+    Attributes:
+        batch_size: rows in a global batch.
+        rows_per_epoch: rows that hold everything once.
+        sources: names of the sources, in order of appearance.
+    """
+
+    batch_size: int
+    rows_per_epoch: int
+    sources: tuple[str, ...]
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Return how often each source has been read in full once `step` steps are done."""
+        return dict.fromkeys(self.sources, step * self.batch_size / self.rows_per_epoch)
+
+    def steps(self, epochs: float) -> int:
+        """Return the number of steps that read everything `epochs` times, rounded up."""
+        return max(1, int(np.ceil(epochs * self.rows_per_epoch / self.batch_size - 1e-9)))
+
+
+class ConversationBatches(PackedRows):
     """Batches of packed conversations, a pure function of (seed, step, rank, world size).
 
     Attributes:
@@ -191,14 +213,6 @@ class ConversationBatches:
             self._fill_row(number, [field[index] for field in fields])
         token_ids, labels, position_ids, document_ids, source_ids = map(torch.from_numpy, fields)
         return Batch(token_ids, labels, position_ids, document_ids, source_ids, self.sources)
-
-    def epochs(self, step: int) -> dict[str, float]:
-        """Return how often each source has been read in full once `step` steps are done."""
-        return dict.fromkeys(self.sources, step * self.batch_size / self.rows_per_epoch)
-
-    def steps(self, epochs: float) -> int:
-        """Return the number of steps that read everything `epochs` times, rounded up."""
-        return max(1, int(np.ceil(epochs * self.rows_per_epoch / self.batch_size - 1e-9)))
 
     # ---- packing ------------------------------------------------------------------------------------------------
 

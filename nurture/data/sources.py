@@ -352,7 +352,7 @@ def _world_rows(
         raise NurtureError(f"world:{names}: endless, so there is no 'all'; ask for train or heldout")
     built = make_world(world)
     sources = (*built.sources, "long")
-    kinds = _task_kinds(names, built)
+    kinds = task_kinds(names, built)
     if names in sources:  # `code` is a source and a kind of task; tasks:code is the task
         for text in built.documents(names, split, start):
             yield Row(text=text)
@@ -367,8 +367,8 @@ def _world_rows(
         )
 
 
-def _task_kinds(names: str, world: World) -> tuple[str, ...]:
-    """`tasks` is every kind, `tasks:a,b` and `a,b` are some."""
+def task_kinds(names: str, world: World) -> tuple[str, ...]:
+    """Return the kinds of task that a world source names: `tasks` is every kind, `tasks:a,b` and `a,b` are some."""
     if names == "tasks":
         return tuple(world.task_kinds)
     return tuple(names.removeprefix("tasks:").split(","))

@@ -79,7 +79,7 @@ class Wordle:
         self.letters = len(self.answers[0])
         if isinstance(self.config.reward, dict):
             weigh(dict.fromkeys(PARTS, 0.0), self.config.reward)
-        self._over = True
+        self.over = True
 
     def reset(self, task: Any = None, seed: int = 0) -> Observation:
         """Start a game.
@@ -100,12 +100,12 @@ class Wordle:
         self.history: list[tuple[str, str]] = []
         self._said: list[str] = []
         self._turns = self._well_formed = self._invalid = self._invalid_in_a_row = 0
-        self._over = False
+        self.over = False
         return self._opening(task)
 
     def step(self, action: str) -> StepResult:
         """Take a turn: text that holds a guess in square brackets, or nothing but a guess."""
-        if self._over:
+        if self.over:
             raise NurtureError("Wordle: the game is over (or was never begun); call reset first")
         reply = without_thoughts(action)
         guess = guess_in(reply)
@@ -122,16 +122,24 @@ class Wordle:
             self._invalid += 1
             self._invalid_in_a_row += 1
         used_up = len(self.history) == self.config.guesses
-        self._over = self.won or used_up or self._invalid_in_a_row > TOLERATED
+        self.over = self.won or used_up or self._invalid_in_a_row > TOLERATED
         parts = self._parts()
         return StepResult(
             Observation.of(self._answer_to(problem)),
-            reward=self._reward(parts) if self._over else 0.0,
-            done=self._over,
+            reward=self._reward(parts) if self.over else 0.0,
+            done=self.over,
             parts=parts,
             info={"won": self.won, "invalid": self._invalid, "guesses": len(self.history)}
-            | ({"secret": self.secret} if self._over else {}),
+            | ({"secret": self.secret} if self.over else {}),
         )
+
+    def forgive(self) -> None:
+        """Forget the invalid moves in a row: the next one is tolerated again."""
+        self._invalid_in_a_row = 0
+
+    def give_up(self) -> None:
+        """End the game."""
+        self.over = True
 
     @property
     def won(self) -> bool:
@@ -183,7 +191,7 @@ class Wordle:
     def _answer_to(self, problem: str | None) -> str:
         """Return the game's turn after a guess or an invalid move."""
         spelled = self.config.style == "spelled"
-        if self._over:
+        if self.over:
             return f"The word was {self._written(self.secret)}. You {'won' if self.won else 'lost'}."
         if problem is not None:
             return f"{problem}. Guess again." if spelled else f"Invalid move: {problem}. Please try again."

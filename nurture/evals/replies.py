@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nurture.inference.engine import Engine
+from nurture.inference.engine import Completion, Engine
 from nurture.inference.sampling import SamplingParams
 from nurture.model.transformer import Transformer
 from nurture.tokenizer import Tokenizer
@@ -59,12 +59,14 @@ def ask(
     stops = tokenizer.stop_token_ids
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_token_ids=stops)
     completions = Engine(model, max_batch=128, dtype=dtype).generate(encoded, params)
-    return [
-        Reply(
-            tokenizer.decode(completion.token_ids, skip_special=True),
-            # A base model ends documents, not turns: only the end of the turn counts as an answer that stopped.
-            completion.finish_reason == "stop" and completion.token_ids[-1] == tokenizer.end_of_turn_id,
-            len(completion.token_ids),
-        )
-        for completion in completions
-    ]
+    return [reply_of(completion, tokenizer) for completion in completions]
+
+
+def reply_of(completion: Completion, tokenizer: Tokenizer) -> Reply:
+    """Return what the engine wrote as a reply."""
+    return Reply(
+        tokenizer.decode(completion.token_ids, skip_special=True),
+        # A base model ends documents, not turns: only the end of the turn counts as an answer that stopped.
+        completion.finish_reason == "stop" and completion.token_ids[-1] == tokenizer.end_of_turn_id,
+        len(completion.token_ids),
+    )

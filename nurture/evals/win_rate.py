@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nurture.data.sources import read_rows
+from nurture.data.sources import read_rows, task_kinds
 from nurture.evals.measure import Z_95, Measure, rate
 from nurture.evals.replies import Reply, ask
 from nurture.evals.world_card import MEASURES
@@ -42,10 +42,9 @@ def named_kinds(spec: str, world: World) -> tuple[str, ...]:
         NurtureError: the world has no such task.
     """
     next(read_rows(spec, split="heldout", world=world))  # names what is wrong with it
-    names = spec.removeprefix("world:").removeprefix("tasks:")
-    return (
-        tuple(k for k in world.task_kinds if k != "wordle") if names == "tasks" else tuple(names.split(","))
-    )
+    names = spec.removeprefix("world:")
+    kinds = task_kinds(names, world)
+    return tuple(kind for kind in kinds if kind != "wordle") if names == "tasks" else kinds
 
 
 def heldout_tasks(world: World, kinds: Sequence[str], per_kind: int, first: int = 0) -> list[Task]:
@@ -113,6 +112,15 @@ def gold_measures(graded: Sequence[Graded]) -> dict[str, Measure]:
         elif g.task.kind == "benign":
             outcomes.setdefault("over_refusal", []).append(g.grade.refusal)
     return measures | {name: rate(values) for name, values in outcomes.items()}
+
+
+def gold_samples(graded: Sequence[Graded], first: int = 0) -> list[dict[str, Any]]:
+    """Return the replies to the first two tasks of each kind, for `samples.jsonl`; tasks begin at index `first`."""
+    return [
+        {"kind": g.task.kind, "prompt": g.task.prompt, "reply": g.reply.text, "gold_reward": g.grade.gold}
+        for g in graded
+        if g.task.index < first + 2
+    ]
 
 
 def gold_win_rate(ours: Sequence[Graded], theirs: Sequence[Graded]) -> Measure:

@@ -112,6 +112,14 @@ class Decoder:
             x_BTD = self._block(index, layer, x_BTD, rotation, cache, last if is_final else None)
         return F.linear(self._normalise(x_BTD[:, -1]), self.output)
 
+    def feed(self, rows: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """Append tokens of any number to each row of a cache; return the logits (B, V) after each row's last."""
+        counts = [len(row) for row in rows]
+        padded = torch.zeros(len(rows), max(counts), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            padded[index, : len(row)] = torch.tensor(row)
+        return self.forward(padded.to(self.device), cache, counts)
+
     def _block(
         self,
         index: int,

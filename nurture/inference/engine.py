@@ -153,12 +153,12 @@ class Engine:
         self.max_batch = max_batch
         self.dtype = dtype or model.embedding.weight.dtype
         self._weights_seen = _weights_version(model)
-        self._decoder = Decoder(model, self.dtype)
+        self.decoder = Decoder(model, self.dtype)
         self._stream_cache: tuple[list[int], KVCache] | None = None
 
     def refresh(self) -> None:
         """Take the model's weights as they are now; called by itself when they were changed in place."""
-        self._decoder.refresh()
+        self.decoder.refresh()
         self._stream_cache = None
         self._weights_seen = _weights_version(self.model)
 
@@ -219,9 +219,9 @@ class Engine:
         context = min(max_length or self.model.config.max_position, self.model.config.max_position)
         sequences = self._sequences(prompts, params, seeds, context)
         waiting = deque(sorted(sequences, key=lambda sequence: len(sequence.prompt)))
-        cache = self._decoder.new_cache(min(self.max_batch, len(sequences)), rows=0)
+        cache = self.decoder.new_cache(min(self.max_batch, len(sequences)), rows=0)
         active: list[_Sequence] = []
-        last = torch.empty(0, dtype=torch.int64, device=self._decoder.device)
+        last = torch.empty(0, dtype=torch.int64, device=self.decoder.device)
         while waiting or active:
             # Refill once a quarter of the rows is free: a prefill for every single row would cost more than idle rows.
             free = self.max_batch - len(active)
@@ -303,9 +303,9 @@ class Engine:
         prompts = sorted({sequence.prompt for sequence in entering}, key=len)
         logits: dict[tuple[int, ...], Tensor] = {}
         where: dict[tuple[int, ...], tuple[KVCache, int]] = {}
-        for group in _length_buckets(prompts):
-            part = self._decoder.new_cache(len(group))
-            outputs = self._feed(group, part)
+        for group in length_buckets(prompts):
+            part = self.decoder.new_cache(len(group))
+            outputs = self.decoder.feed(group, part)
             for row, prompt in enumerate(group):
                 logits[prompt], where[prompt] = outputs[row], (part, row)
         start = 0
@@ -338,7 +338,7 @@ class Engine:
         leaving = [active[row] for row in ended]
         pending = _answers(leaving, respond, params, context)
         going_on = [sequence for sequence in leaving if sequence.index in pending]
-        held = self._decoder.new_cache(len(going_on), rows=0)
+        held = self.decoder.new_cache(len(going_on), rows=0)
         held.append(cache, [row for row in ended if active[row].index in pending])
         order = cache.drop(ended)
         active, last = [active[row] for row in order], last[order]
@@ -347,22 +347,14 @@ class Engine:
         tokens = [pending[sequence.index] for sequence in going_on]
         for row, (sequence, new) in enumerate(zip(going_on, tokens, strict=True)):
             held.rewind(row, sequence.length - len(new))  # forget what was drawn past the end of the turn
-        logits = self._feed(tokens, held)
+        logits = self.decoder.feed(tokens, held)
         cache.append(held, range(len(going_on)))
         return active + going_on, torch.cat((last, self._draw_first(going_on, logits, params)))
-
-    def _feed(self, rows: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-        """Append tokens to the rows of a cache; return the logits (B, V) after each row's last."""
-        counts = [len(row) for row in rows]
-        padded = torch.zeros(len(rows), max(counts), dtype=torch.int64)
-        for index, row in enumerate(rows):
-            padded[index, : len(row)] = torch.tensor(row)
-        return self._decoder.forward(padded.to(self._decoder.device), cache, counts)
 
     def _draw_first(self, sequences: list[_Sequence], logits: Tensor, params: SamplingParams) -> Tensor:
         """Draw the first token of every sequence's turn from logits (B, V); return them, (B,)."""
         drawn = uniforms([s.seed for s in sequences], [s.drawn for s in sequences], 1)
-        tokens, logprobs = sample(logits, params, drawn[:, 0].to(self._decoder.device))
+        tokens, logprobs = sample(logits, params, drawn[:, 0].to(self.decoder.device))
         stops = frozenset(params.stop_token_ids)
         for sequence, token, logprob in zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True):
             sequence.take([token], [logprob], stops)
@@ -372,7 +364,7 @@ class Engine:
         self, active: list[_Sequence], last: Tensor, cache: KVCache, params: SamplingParams
     ) -> Tensor:
         """Draw a few tokens for every row; return the last of each row, (B,)."""
-        device = self._decoder.device
+        device = self.decoder.device
         running = [sequence for sequence in active if not sequence.finished]
         left = sorted(sequence.limit - len(sequence.completion.token_ids) for sequence in running)
         # Rows that may end so that the next look is worth it; those that reach their limit are known in advance.
@@ -385,7 +377,7 @@ class Engine:
         stopped = torch.tensor([sequence.finished for sequence in active], device=device)
         tokens, logprobs = [], []
         for step in range(steps):
-            logits = self._decoder.forward(last[:, None], cache)
+            logits = self.decoder.forward(last[:, None], cache)
             last, logprob = sample(logits, params, drawn[:, step])
             tokens.append(last)
             logprobs.append(logprob)
@@ -411,16 +403,16 @@ class Engine:
             if common:
                 cache.truncate(common)
                 return list(prompt[common:]), cache
-        return list(prompt), self._decoder.new_cache(1)
+        return list(prompt), self.decoder.new_cache(1)
 
     @torch.inference_mode()
     def _stream_step(
         self, pending: list[int], cache: KVCache, params: SamplingParams, drawn: Tensor
     ) -> tuple[int, float]:
         """Feed tokens to the only row and draw the next."""
-        token_ids = torch.tensor([pending], device=self._decoder.device)
-        logits = self._decoder.forward(token_ids, cache)
-        tokens, logprobs = sample(logits, params, drawn[:, 0].to(self._decoder.device))
+        token_ids = torch.tensor([pending], device=self.decoder.device)
+        logits = self.decoder.forward(token_ids, cache)
+        tokens, logprobs = sample(logits, params, drawn[:, 0].to(self.decoder.device))
         return int(tokens), float(logprobs)
 
 
@@ -447,7 +439,7 @@ def _answers(
     return pending
 
 
-def _length_buckets(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+def length_buckets(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
     """Split prompts sorted by length into groups that waste little on padding and fit in memory."""
     group: list[tuple[int, ...]] = []
     for prompt in prompts:

@@ -107,11 +107,16 @@ def _first_keys(document_ids: Tensor | None, columns: int) -> list[int]:
     """Return for every column the first one that a query there, or to its right, can see in any row."""
     if document_ids is None or torch.compiler.is_compiling():  # a compiled block knows shapes, not contents
         return [0] * columns
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    places = torch.arange(document_ids.shape[1], device=document_ids.device)
-    lows: list[int] = torch.where(starts, places, 0).cummax(1).values.amin(0).tolist()
+    lows: list[int] = document_starts(document_ids).amin(0).tolist()
     return lows
+
+
+def document_starts(document_ids: Tensor) -> Tensor:
+    """Return for every token (B, T) the column where its document begins."""
+    is_start = torch.ones_like(document_ids, dtype=torch.bool)
+    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    columns = torch.arange(document_ids.shape[1], device=document_ids.device)
+    return torch.where(is_start, columns, 0).cummax(dim=1).values
 
 
 def _attend_block(

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nurture.model.attention import attention
+from nurture.model.attention import attention, document_starts
 from nurture.model.config import ModelConfig
 from nurture.model.heads import (
     cross_entropy_sum,
@@ -272,6 +272,4 @@ def default_position_ids(token_ids: Tensor, document_ids: Tensor | None) -> Tens
     columns = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
     if document_ids is None:
         return columns
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return columns - torch.where(starts, columns, 0).cummax(dim=1).values
+    return columns - document_starts(document_ids)

@@ -159,18 +159,18 @@ def next_steps(run_directory: Path) -> list[tuple[str, str]]:
     with_model = [
         folder
         for folder in finished_stages(run_directory)
-        if (folder / "model").is_dir() and _kind(folder) != "reward"  # it scores, and does not talk
+        if (folder / "model").is_dir() and stage_kind(folder) != "reward"  # it scores, and does not talk
     ]
     steps = []
     if with_model:
-        last, kind = with_model[-1], _kind(with_model[-1])
+        last, kind = with_model[-1], stage_kind(with_model[-1])
         what = "see how it continues a text" if kind == "pretrain" else "talk to the model"
         steps.append((f"nurture chat {last}", what))
         if len(with_model) > 1:
             steps.append(
                 (f"nurture chat {with_model[0]} {last}", "the same questions to the first and the last model")
             )
-        rewards = [folder for folder in finished_stages(run_directory) if _kind(folder) == "reward"]
+        rewards = [folder for folder in finished_stages(run_directory) if stage_kind(folder) == "reward"]
         if rewards:
             steps.append(
                 (
@@ -185,5 +185,6 @@ def next_steps(run_directory: Path) -> list[tuple[str, str]]:
     return steps
 
 
-def _kind(folder: Path) -> str:
+def stage_kind(folder: Path) -> str:
+    """Return the kind of a finished stage."""
     return str(files.read_json(folder / "result.json", f"Delete {folder} and run again.").get("kind", ""))

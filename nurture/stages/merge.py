@@ -32,7 +32,14 @@ from nurture.data.sources import make_world
 from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure
-from nurture.evals.win_rate import gold_measures, graded_replies, heldout_tasks, named_kinds, win_rate
+from nurture.evals.win_rate import (
+    gold_measures,
+    gold_samples,
+    graded_replies,
+    heldout_tasks,
+    named_kinds,
+    win_rate,
+)
 from nurture.evals.world_card import cloze_accuracy
 from nurture.files import make_directory
 from nurture.model import merging
@@ -251,9 +258,7 @@ class _Exam:
     """
 
     def __init__(self, config: Config, context: StageContext, tokenizer: Tokenizer) -> None:
-        self.config, self.tokenizer = config, tokenizer
-        if tokenizer.chat_template is None:
-            self.tokenizer = tokenizer.with_chat_template()
+        self.config, self.tokenizer = config, tokenizer.for_chat()
         self.samples: list[dict[str, Any]] = []
         spec = config.prompts or ""
         if spec and not spec.startswith("world:"):
@@ -273,16 +278,7 @@ class _Exam:
             graded = graded_replies(model, self.tokenizer, self.world, tasks, **how)
             measures |= gold_measures(graded)
             measures["cloze"] = cloze_accuracy(model, self.tokenizer, self.world, n=100)
-            self.samples = [
-                {
-                    "kind": g.task.kind,
-                    "prompt": g.task.prompt,
-                    "reply": g.reply.text,
-                    "gold_reward": g.grade.gold,
-                }
-                for g in graded
-                if g.task.index < first + 2
-            ]
+            self.samples = gold_samples(graded, first)
         if self.texts:
             execution = decide_execution(ExecutionConfig(compile="off"))
             lengths = torch.from_numpy(self.tokenizer.token_byte_lengths)

@@ -37,7 +37,15 @@ from nurture.data.sources import is_endless, make_world, read_rows
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, rate, wilson
 from nurture.evals.replies import Reply, ask
-from nurture.evals.win_rate import gold_measures, graded_replies, heldout_tasks, mean, named_kinds, win_rate
+from nurture.evals.win_rate import (
+    gold_measures,
+    gold_samples,
+    graded_replies,
+    heldout_tasks,
+    mean,
+    named_kinds,
+    win_rate,
+)
 from nurture.evals.world_card import programs_that_work
 from nurture.files import atomic_write, make_directory, sha256_file
 from nurture.losses.preference import PreferenceKind, PreferenceLoss, sequence_logprobs
@@ -129,8 +137,7 @@ def run(config: Config, context: StageContext) -> None:
             f"stage '{config.name}': preference learning needs a fine-tuned model to start from."
         )
     session = open_session(config, context, tokens=None)
-    if session.tokenizer.chat_template is None:
-        session.tokenizer = session.tokenizer.with_chat_template()
+    session.tokenizer = session.tokenizer.for_chat()
     lost: Counter[str] = Counter()
     heldout_rows = [row for name in config.data for row in _rows(config, context, name, "heldout")]
     batches = _pack(config, context, session, "train", lost)
@@ -153,10 +160,10 @@ def run(config: Config, context: StageContext) -> None:
 
     started = time.monotonic()
     exam = Exam(config, context, session, heldout_rows)
-    on_pairs()
+    pairs_before = on_pairs()
     evaluation_seconds = time.monotonic() - started
     # The same numbers on the pairs are known beforehand (the policy is the reference), but not where it is another.
-    before = remember(context.directory, "before", lambda: on_pairs() | exam.sit(session.whole()))
+    before = remember(context.directory, "before", lambda: pairs_before | exam.sit(session.whole()))
     steps = plan_steps(
         config,
         context,
@@ -422,16 +429,7 @@ class Exam:
             measures = gold_measures(graded)
             if any(task.kind == "code" for task in self.tasks):
                 measures |= programs_that_work(self.tasks, [g.reply for g in graded])
-            self.samples = [
-                {
-                    "kind": g.task.kind,
-                    "prompt": g.task.prompt,
-                    "reply": g.reply.text,
-                    "gold_reward": g.grade.gold,
-                }
-                for g in graded
-                if g.task.index < 2
-            ]
+            self.samples = gold_samples(graded)
             return measures | self._scored([task.messages for task in self.tasks], [g.reply for g in graded])
         room = model.config.max_position - config.reply_tokens
         prompts = [

@@ -171,8 +171,7 @@ def run(config: Config, context: StageContext) -> None:
     if context.start is None:
         raise NurtureError(f"stage '{config.name}': a reward model needs a model to start from.")
     session = open_session(config, context, tokens=None, head="scalar")
-    if session.tokenizer.chat_template is None:
-        session.tokenizer = session.tokenizer.with_chat_template()
+    session.tokenizer = session.tokenizer.for_chat()
     training = collect(config, context, session, "train")
     labeler = _labeler(config, training.known())
     heldout = collect(config, context, session, "heldout", labeler)
@@ -284,7 +283,8 @@ def collect(
             made = _make_comparisons(config, context, session, prompts, labeler)
             atomic_write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in made))
         session.execution.processes.wait()
-        for line in file.read_text(encoding="utf-8").splitlines():
+        # Not splitlines(): a reply may hold characters that Python takes for ends of lines and JSON does not.
+        for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n"):
             record = json.loads(line)
             collected.records.append(record)
             collected.golds.append(tuple(record["gold"]) if "gold" in record else None)

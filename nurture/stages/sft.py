@@ -75,9 +75,7 @@ def run(config: Config, context: StageContext) -> None:
     if context.start is None:
         raise NurtureError(f"stage '{config.name}': fine-tuning needs a model to start from.")
     session = open_session(config, context, tokens=None)
-    tokenizer = session.tokenizer
-    if tokenizer.chat_template is None:  # a base model
-        tokenizer = tokenizer.with_chat_template()
+    tokenizer = session.tokenizer.for_chat()
     with progress_bar("tokenise", None, show=session.is_main) as bar:
         packed = ConversationBatches(
             (

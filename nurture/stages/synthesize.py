@@ -37,7 +37,8 @@ from nurture.data.rows import Row
 from nurture.data.sources import read_rows
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, rate
-from nurture.files import atomic_write_text, clear_disk_errors, make_directory
+from nurture.evals.replies import reply_of
+from nurture.files import atomic_write_text, clear_disk_errors, make_directory, whole_json_lines
 from nurture.inference.endpoint import EndpointConfig, ask_endpoint
 from nurture.inference.engine import Engine
 from nurture.inference.sampling import SamplingParams
@@ -272,7 +273,7 @@ def _kept(
     """Yield what was made of every piece of `rows`: read where it was kept by an earlier try, else made and kept."""
     make_directory(state)
     file = state / f"pieces-{hashlib.sha256(name.encode()).hexdigest()[:12]}.jsonl"
-    done = list(_whole_lines(file))
+    done = list(whole_json_lines(file))
     first = 0
     for line in done:
         yield Piece(line["rows"], Counter(line["counts"]))
@@ -288,16 +289,6 @@ def _kept(
             out.flush()
             os.fsync(out.fileno())
         yield piece
-
-
-def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.exists():
-        return
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
 
 
 # ---- who writes ---------------------------------------------------------------------------------------------------
@@ -326,9 +317,7 @@ def make_author(
 
 
 def _local_author(path: Path, mode: dict[str, Any], max_tokens: int, temperature: float) -> Author:
-    tokenizer = load_tokenizer(path)
-    if tokenizer.chat_template is None:
-        tokenizer = tokenizer.with_chat_template()
+    tokenizer = load_tokenizer(path).for_chat()
     model = load_model(path)
     engine = Engine(model, max_batch=128)
     stops = tokenizer.stop_token_ids
@@ -348,12 +337,8 @@ def _local_author(path: Path, mode: dict[str, Any], max_tokens: int, temperature
             if not fit:
                 drafts.append(Draft(None, "", False, 0))
                 continue
-            completion = next(completions)
-            ended = (
-                completion.finish_reason == "stop" and completion.token_ids[-1] == tokenizer.end_of_turn_id
-            )
-            text = tokenizer.decode(completion.token_ids, skip_special=True)
-            drafts.append(Draft(*split_thought(text), ended, len(completion.token_ids)))
+            reply = reply_of(next(completions), tokenizer)
+            drafts.append(Draft(*split_thought(reply.text), reply.stopped, reply.tokens))
         return drafts
 
     return write

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from nurture.errors import NurtureError
 from nurture.inference.chat import ChatModel
-from nurture.inference.engine import _length_buckets as length_buckets
+from nurture.inference.engine import length_buckets
 from nurture.inference.sampling import SamplingParams, sample, uniforms
 from nurture.model.kv_cache import KVCache
 
@@ -110,7 +110,7 @@ class _Lane:
     """One model, its cache, and the rows it writes."""
 
     def __init__(self, chat: ChatModel) -> None:
-        self.decoder = chat.engine._decoder
+        self.decoder = chat.engine.decoder
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self._reset_cache()
@@ -148,12 +148,8 @@ class _Lane:
             self._reset_cache(min(max(needed, 2 * self._capacity), _ROWS))
             self.cache.append(held, range(held.rows))
         for prompts in length_buckets(sorted({row.prompt for row in entering}, key=len)):
-            counts = [len(prompt) for prompt in prompts]
-            padded = torch.zeros(len(prompts), max(counts), dtype=torch.int64)
-            for index, prompt in enumerate(prompts):
-                padded[index, : len(prompt)] = torch.tensor(prompt)
             part = self.decoder.new_cache(len(prompts))
-            logits = self.decoder.forward(padded.to(self.decoder.device), part, counts)
+            logits = self.decoder.feed(prompts, part)
             place = {prompt: index for index, prompt in enumerate(prompts)}
             rows = [row for row in entering if row.prompt in place]
             sources = [place[row.prompt] for row in rows]

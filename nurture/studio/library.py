@@ -16,7 +16,7 @@ from nurture import files
 from nurture.errors import NurtureError, did_you_mean
 from nurture.inference.chat import SMOLLM2, ChatModel, load_chat_model
 from nurture.model.hugging_face import CONFIG, checkpoint_head
-from nurture.report.table import finished_stages
+from nurture.report.table import finished_stages, stage_kind
 
 _LOADED = 6
 """Models kept in memory; the one unused for longest makes room."""
@@ -78,7 +78,7 @@ class Library:
     def entries(self) -> list[Entry]:
         """Return the language models there are now, runs first, their stages in order."""
         found = [
-            _entry(f"{run}/{stage.name}", stage, _stage_kind(stage))
+            _entry(f"{run}/{stage.name}", stage, stage_kind(stage))
             for run, folder in self.runs.items()
             for stage in finished_stages(folder)
             if (stage / "model" / CONFIG).is_file() and checkpoint_head(stage / "model") == "lm"
@@ -134,10 +134,6 @@ class Library:
             raise UnknownModel(f"there is no run '{name[:100]}' here.{did_you_mean(name, self.runs)}")
         return self.runs[name]
 
-    def run_of(self, entry: Entry) -> Path | None:
-        """Return the folder of the run a model belongs to, or None."""
-        return self.runs.get(entry.name.split("/")[0]) if "/" in entry.name else None
-
 
 def _entry(name: str, path: Path, kind: str) -> Entry:
     folder = path / "model" if (path / "model").is_dir() else path
@@ -170,10 +166,6 @@ def _free_name(name: str, taken: dict[str, Path]) -> str:
     while free in taken:
         free, number = f"{name}-{number}", number + 1
     return free
-
-
-def _stage_kind(stage: Path) -> str:
-    return str(files.read_json(stage / "result.json", f"Delete {stage} and run again.").get("kind", "model"))
 
 
 def _made(path: Path) -> float:

@@ -78,7 +78,7 @@ class Table:
 
 def person_turn(game: Game, guess: str) -> dict[str, Any]:
     """Take the person's guess; what is no valid guess costs nothing and is explained."""
-    game.person._invalid_in_a_row = 0  # people may mistype as often as they like
+    game.person.forgive()  # people may mistype as often as they like
     return _outcome(game.person, game.person.step(f"[{guess.strip()}]"))
 
 
@@ -88,14 +88,14 @@ def model_turn(game: Game, reply: str) -> dict[str, Any]:
     game.conversation.append({"role": "assistant", "content": reply})
     game.conversation += result.observation.messages
     outcome = _outcome(game.model, result)
-    if not game.person._over:  # the person is still looking for it
+    if not game.person.over:  # the person is still looking for it
         outcome |= {"secret": None, "says": ""}
     return {"reply": reply, "guess": guess_in(reply)} | outcome
 
 
 def model_gives_up(game: Game) -> dict[str, Any]:
     """End the model's game: its context is full."""
-    game.model._over = True
+    game.model.give_up()
     return {
         "reply": "",
         "guess": None,
@@ -125,7 +125,7 @@ def likely_words(
 
     The words are found by a beam search over their spellings, the probabilities are exact.
     """
-    tokenizer, decoder = chat.tokenizer, chat.engine._decoder
+    tokenizer, decoder = chat.tokenizer, chat.engine.decoder
     prompt = tokenizer.encode_prompt(conversation)
     if len(prompt) + 24 >= chat.model.config.max_position:
         return []

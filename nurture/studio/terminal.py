@@ -83,7 +83,7 @@ def ask_models(
     found = []
     for place, chat in enumerate(models):
         share = len(range(place, count, len(models)))
-        tokenizer = chat.tokenizer if chat.tokenizer.chat_template else chat.tokenizer.with_chat_template()
+        tokenizer = chat.tokenizer.for_chat()
         if share:
             found += sample_candidates(
                 chat.model, tokenizer, [prompt], count=share, max_tokens=max_tokens, temperature=temperature,

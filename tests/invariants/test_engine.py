@@ -161,8 +161,8 @@ def test_a_greedy_turn_is_what_generate_says_to_the_same_tokens(model: Transform
 def test_members_of_a_group_share_a_prefill_and_still_differ() -> None:
     model = make_model("llama")
     engine, widths = Engine(model), []
-    plain = engine._decoder.forward
-    engine._decoder.forward = lambda ids, *rest: (widths.append(tuple(ids.shape)), plain(ids, *rest))[1]  # type: ignore[method-assign]
+    plain = engine.decoder.forward
+    engine.decoder.forward = lambda ids, *rest: (widths.append(tuple(ids.shape)), plain(ids, *rest))[1]  # type: ignore[method-assign]
     group = engine.generate([[5, 6, 7]] * 6, SamplingParams(max_tokens=12), sequence_seeds(1, 6))
     assert widths == [(1, 3)] + [(6, 1)] * 11
     assert len({tuple(completion.token_ids) for completion in group}) == 6

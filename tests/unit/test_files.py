@@ -70,6 +70,13 @@ def test_an_unreadable_manifest_says_what_to_do(tmp_path: Path, text: str):
     assert f"Delete {tmp_path / 'manifest.json'}" in str(failure.value)
 
 
+def test_whole_json_lines_stop_at_half_a_line_and_not_at_odd_characters(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    assert list(files.whole_json_lines(path)) == []
+    path.write_text('{"reply": "a\u2028b\x85c"}\n{"reply": "d"}\n{"repl', encoding="utf-8")
+    assert list(files.whole_json_lines(path)) == [{"reply": "a\u2028b\x85c"}, {"reply": "d"}]
+
+
 def test_sha256():
     assert files.sha256_file.__doc__
     path = Path(__file__)

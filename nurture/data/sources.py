@@ -4,6 +4,7 @@ A source is written as one string:
 
     world:web                         documents of the embedded world (endless)
     world:tasks, world:tasks:fact,code   its tasks (all, or some kinds) with a demonstration (endless)
+    world:people, world:people:fact   the same, demonstrated by people who are not always to the point (endless)
     corpus.jsonl, books/, src/**/*.py    files, folders and globs; .gz and .zst are unpacked on the way
     hf:org/name[:config[:split]]      a hub dataset, streamed
     stage:NAME[/FILE]                 in a recipe: what an earlier stage wrote, rows.jsonl if no file is named
@@ -357,10 +358,10 @@ def _world_rows(
         for text in built.documents(names, split, start):
             yield Row(text=text)
     elif set(kinds) <= set(built.task_kinds):
-        yield from _task_rows(built, kinds, split, start)
+        yield from _task_rows(built, kinds, split, start, by_people=names.split(":")[0] == "people")
     else:
         unknown = next(kind for kind in kinds if kind not in built.task_kinds)
-        hint = did_you_mean(unknown, [*sources, *built.task_kinds, "tasks"])
+        hint = did_you_mean(unknown, [*sources, *built.task_kinds, "tasks", "people"])
         raise NurtureError(
             f"world:{names}: the world has no '{unknown}'.{hint} It has the sources {', '.join(sources)} and the"
             f" tasks {', '.join(built.task_kinds)}"
@@ -368,24 +369,32 @@ def _world_rows(
 
 
 def task_kinds(names: str, world: World) -> tuple[str, ...]:
-    """Return the kinds of task that a world source names: `tasks` is every kind, `tasks:a,b` and `a,b` are some."""
-    if names == "tasks":
+    """Return the kinds that a world source names: every kind for `tasks` and `people`, else those it lists."""
+    if names in ("tasks", "people"):
         return tuple(world.task_kinds)
-    return tuple(names.removeprefix("tasks:").split(","))
+    return tuple(names.removeprefix("tasks:").removeprefix("people:").split(","))
 
 
 def _task_rows(
-    world: World, kinds: tuple[str, ...], split: Literal["train", "heldout"], start: int
+    world: World,
+    kinds: tuple[str, ...],
+    split: Literal["train", "heldout"],
+    start: int,
+    *,
+    by_people: bool,
 ) -> Iterator[Row]:
     """Tasks of each kind in turn."""
     for index in count(start):
         for kind in kinds:
-            yield task_row(world.task(kind, split, index))
+            task = world.task(kind, split, index)
+            # A game is played by the rules or not at all.
+            said = world.somebodys_answer(task) if by_people and kind != "wordle" else None
+            yield task_row(task, said)
 
 
-def task_row(task: Any) -> Row:
-    """Return a task of the world as a row: its prompt, its demonstration, and what checks a reply."""
-    reply: Message = {"role": "assistant", "content": task.demonstration}
+def task_row(task: Any, said: str | None = None) -> Row:
+    """Return a task of the world as a row: its prompt, its demonstration (or what `said` is), what checks a reply."""
+    reply: Message = {"role": "assistant", "content": task.demonstration if said is None else said}
     prompt = tuple(task.messages)
     metadata = {
         "kind": task.kind,

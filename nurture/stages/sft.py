@@ -20,7 +20,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from nurture.data.packing import Conversation, ConversationBatches, tokenise_conversations
 from nurture.data.rows import Row
-from nurture.data.sources import is_endless, make_world, read_rows
+from nurture.data.sources import is_endless, make_world, read_rows, task_kinds
 from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure, rate
@@ -214,7 +214,7 @@ def _card(
 
 def world_kinds(data: dict[str, str], context: StageContext) -> tuple[str, ...]:
     """Return the task kinds of the world that the data teaches, red-team tasks aside (they are always measured)."""
-    specs = [spec for spec in data.values() if spec.startswith("world:")]
-    known = make_world(context.world).task_kinds if specs else ()
-    named = {kind for spec in specs for kind in spec.rsplit(":", 1)[-1].split(",")}
-    return tuple(kind for kind in known if (kind in named or "tasks" in named) and kind != "redteam")
+    worlds = [spec.removeprefix("world:") for spec in data.values() if spec.startswith("world:")]
+    built = make_world(context.world)
+    named = {kind for names in worlds for kind in task_kinds(names, built)}
+    return tuple(kind for kind in built.task_kinds if kind in named and kind != "redteam")

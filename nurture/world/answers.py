@@ -109,6 +109,25 @@ LADDER = {
 """Quality -> how to write such an answer; from good to bad for most tasks."""
 
 
+PEOPLE = {
+    "best": 0.35,
+    "twin": 0.2,
+    "rambling": 0.2,
+    "curt": 0.1,
+    "repetitive": 0.08,
+    "truncated": 0.05,
+    "off topic": 0.02,
+}
+"""How often people who are asked to demonstrate write answers of each quality. Preferences have something to say only
+about a model that imitates such people; one that learned from perfect answers alone leaves nothing to prefer."""
+
+
+def somebodys_answer(rng: Random, task: Task) -> str:
+    """Return the answer of somebody who means well, and is not always to the point."""
+    (quality,) = rng.choices(tuple(PEOPLE), tuple(PEOPLE.values()))
+    return LADDER[quality](rng, task)
+
+
 def make_answers(rng: Random, task: Task, k: int) -> list[str]:
     """Return `k` answers in random order, with good, middling and bad ones among them.
 

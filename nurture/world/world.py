@@ -173,6 +173,11 @@ class World:
         rng = random_for(self.seed, "answers", task.kind, task.split, task.index, seed)
         return answers_module.make_answers(rng, task, k)
 
+    def somebodys_answer(self, task: Task) -> str:
+        """Return a demonstration as people write them: mostly good, some rambling, curt or cut off."""
+        rng = random_for(self.seed, "somebody", task.kind, task.split, task.index)
+        return answers_module.somebodys_answer(rng, task)
+
     def gold_ranking(self, task: Task, answers: list[str]) -> str:
         """Return the true ranking of `answers`, like `D > C > A = B`; letters follow their order."""
         return answers_module.gold_ranking(task, answers)

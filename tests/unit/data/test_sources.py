@@ -14,6 +14,7 @@ from nurture.data import sources
 from nurture.data.rows import Row
 from nurture.data.sources import is_endless, read_rows, source_identity, split_spec
 from nurture.errors import NurtureError
+from nurture.world import World
 
 RECORDS = [{"text": f"document {i} été"} for i in range(5)]
 LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
@@ -267,3 +268,20 @@ def test_task_row_keeps_what_checks_a_reply():
     assert row.tests
     assert row.entry_point
     assert row.metadata["task"].kind == "code"
+
+
+def test_people_answer_the_same_tasks_and_not_always_well():
+    world = World(0)
+    told = list(islice(read_rows("world:people:fact,code", world=world), 400))
+    shown = list(islice(read_rows("world:tasks:fact,code", world=world), 400))
+    assert [row.prompt for row in told] == [row.prompt for row in shown]
+    assert [row.answer for row in told] == [row.answer for row in shown]
+    assert told == list(islice(read_rows("world:people:fact,code", world=world), 400))
+    golds = [world.gold_reward(row.metadata["task"], row.responses[0][0]["content"]) for row in told]
+    assert min(golds) >= 0, "nobody is rude"
+    assert 0.3 < sum(gold < 0.95 for gold in golds) / len(golds) < 0.6
+
+
+def test_people_play_games_by_the_rules():
+    told = list(islice(read_rows("world:people:wordle", world=World(0)), 20))
+    assert told == list(islice(read_rows("world:tasks:wordle", world=World(0)), 20))

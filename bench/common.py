@@ -2,13 +2,20 @@
 
 Ours and the peer run in turns in one process with the same threads and the same allocator setting, and the best time
 of each counts: on a shared machine the two then see the same weather, and the minimum is what the code can do.
-Results are printed as a table, or with `--json` one line each: {"name", "ours", "peer", "ratio", "peak_share"}.
+Results are printed as a table, or with `--json` one line each: {"name", "ours", "peer", "ratio", "peak_share"}; where
+memory was measured, "memory_ratio" too. A name is STAGE/SHAPE/…/PEER. `bench/all.py` runs every script this way.
+
+Peak memory is a process's, so each side has one of its own: `python bench/X.py --alone SIDE` does a few steps of one
+side, as it ships, and prints its peak resident bytes, libraries included.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,13 +37,17 @@ SHAPES: dict[str, ModelConfig] = {
 
 @dataclass
 class Result:
-    """One comparison. `ours` and `peer` in the unit the bench names (higher is better), `ratio` = ours / peer."""
+    """One comparison. `ours` and `peer` in the unit the bench names (higher is better), `ratio` = ours / peer.
+
+    `memory_ratio` is our peak resident memory over the peer's: below 1, ours needs less.
+    """
 
     name: str
     ours: float
     peer: float
     ratio: float
     peak_share: float | None = None
+    memory_ratio: float | None = None
 
     def line(self) -> str:
         """Return the JSON line of the result."""
@@ -106,6 +117,47 @@ def gemm_peak(
     return 2 * size**3 / seconds
 
 
+class StepTimes:
+    """The times of the steps in a trainer of transformers or TRL, each from its beginning to its end, in seconds."""
+
+    def __init__(self, trainer: Any) -> None:
+        """Have the trainer call back."""
+        from transformers import TrainerCallback
+
+        times = self
+        self.times: list[float] = []
+        self._began = 0.0
+
+        class Callback(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                times._began = time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                times.times.append(time.perf_counter() - times._began)
+
+        trainer.add_callback(Callback())
+
+    def best(self, steps: int = 1) -> float:
+        """Return the least mean time of so many steps in a row: of an epoch, where steps differ."""
+        epochs = [self.times[first : first + steps] for first in range(0, len(self.times), steps)]
+        return min(sum(epoch) / steps for epoch in epochs if len(epoch) == steps)
+
+
+def run_alone(run: Callable[[], object], times: int = 3) -> None:
+    """Run one side a few times and print the peak resident bytes of this process (`--alone`)."""
+    for _ in range(times):
+        run()
+    print(json.dumps({"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+
+
+def peak_memory(script: str, *arguments: str) -> float:
+    """Return the peak resident bytes of `python script ARGUMENTS`, which ends in `run_alone`."""
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{script} {' '.join(arguments)}: {done.stderr[-2000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+
 def report(results: list[Result], unit: str, as_json: bool) -> None:
     """Print results as JSON lines or as a table."""
     if as_json:
@@ -113,10 +165,9 @@ def report(results: list[Result], unit: str, as_json: bool) -> None:
             print(result.line(), flush=True)
         return
     width = max((len(result.name) for result in results), default=0)
-    print(f"{'':{width}}  {'ours':>10}  {'peer':>10}  ratio   of peak   ({unit})", flush=True)
+    print(f"{'':{width}}  {'ours':>10}  {'peer':>10}  ratio  of peak  memory   ({unit})", flush=True)
     for result in results:
-        share = "" if result.peak_share is None else f"{result.peak_share:7.1%}"
-        print(
-            f"{result.name:{width}}  {result.ours:10.0f}  {result.peer:10.0f}  {result.ratio:5.2f}  {share}",
-            flush=True,
-        )
+        share = "" if result.peak_share is None else f"{result.peak_share:.1%}"
+        memory = "" if result.memory_ratio is None else f"{result.memory_ratio:.2f}"
+        rates = f"{result.ours:10.0f}  {result.peer:10.0f}  {result.ratio:5.2f}"
+        print(f"{result.name:{width}}  {rates}  {share:>7}  {memory:>6}", flush=True)

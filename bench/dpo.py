@@ -21,7 +21,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import SHAPES, Result, gemm_peak, interleave, peer_config, prepare, report
+from common import (
+    SHAPES,
+    Result,
+    StepTimes,
+    gemm_peak,
+    interleave,
+    peak_memory,
+    peer_config,
+    prepare,
+    report,
+    run_alone,
+)
 
 from nurture.data.preference import Preference, PreferenceBatches
 from nurture.losses.preference import PreferenceLoss, sequence_logprobs
@@ -120,29 +131,20 @@ def peer_trainer(config: ModelConfig, pairs: list[Preference], folder: str, *, b
     )  # fmt: skip
 
 
-class StepTimes:
-    """Notes how long each step of the peer's trainer takes, from one end to the next."""
-
-    def __init__(self) -> None:
-        self.best, self._last = float("inf"), 0.0
-
-    def watch(self, trainer: Any) -> None:
-        """Have the trainer call back."""
-        from transformers import TrainerCallback
-
-        times = self
-
-        class Callback(TrainerCallback):
-            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                times._last = time.perf_counter()
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                times.best = min(times.best, time.perf_counter() - times._last)
-
-        trainer.add_callback(Callback())
+def alone(side: str, name: str, varied: bool) -> None:
+    """Do a few steps of one side."""
+    config = SHAPES[name]
+    pairs = make_pairs(config.vocab_size, varied)
+    if side == "ours":
+        run_alone(our_step(config, pairs)[0])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = peer_trainer(config, pairs, folder, best=side == "best")
+        trainer.args.max_steps = 3
+        run_alone(trainer.train, 1)
 
 
-def compare(name: str, varied: bool, repeats: int) -> list[Result]:
+def compare(name: str, varied: bool, repeats: int, memory: bool) -> list[Result]:
     """Measure one shape."""
     config = SHAPES[name]
     pairs = make_pairs(config.vocab_size, varied)
@@ -151,9 +153,7 @@ def compare(name: str, varied: bool, repeats: int) -> list[Result]:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         trainers = [peer_trainer(config, pairs, folder, best=best) for best in (False, True)]
-        times = [StepTimes(), StepTimes()]
-        for trainer, watch in zip(trainers, times, strict=True):
-            watch.watch(trainer)
+        times = [StepTimes(trainer) for trainer in trainers]
 
         def peer(index: int) -> Callable[[], None]:
             def run() -> None:
@@ -168,9 +168,12 @@ def compare(name: str, varied: bool, repeats: int) -> list[Result]:
     attention = 6 * config.layers * 4 * LONGEST * config.heads * config.head_width
     share = tokens * (6.0 * config.parameter_count() + attention) / ours / peak
     kind = "varied" if varied else "even"
-    for label, watch in zip(("as shipped (fp32)", "at its best (bf16)"), times, strict=True):
-        speeds = tokens / ours, per_step / watch.best
-        results.append(Result(f"dpo/{name}/{kind}/{label}", *speeds, speeds[0] / speeds[1], share))
+    sides = ("ours", "shipped", "best") if memory else ()
+    peaks = [peak_memory(__file__, "--alone", side, "--shapes", name, "--pairs", kind) for side in sides]
+    for index, label in enumerate(("TRL as shipped (fp32)", "TRL at its best (bf16)")):
+        speeds = tokens / ours, per_step / times[index].best()
+        ratio = peaks[0] / peaks[index + 1] if memory else None
+        results.append(Result(f"dpo/{name}/{kind}/{label}", *speeds, speeds[0] / speeds[1], share, ratio))
     logging.warning("the reference, once: %.2f s for %d pairs", reference_seconds, len(pairs))
     return results
 
@@ -184,11 +187,23 @@ def main() -> None:
     parser.add_argument("--pairs", default="even,varied", help="even, varied, or both")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="even pairs, one turn")
+    parser.add_argument("--memory", action="store_true", help="measure each side's peak memory too")
+    parser.add_argument("--alone", choices=("ours", "shipped", "best"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.alone:
+        alone(arguments.alone, arguments.shapes, arguments.pairs == "varied")
+        return
+    if arguments.quick:
+        arguments.pairs, arguments.repeats = "even", 1
     prepare()
     for name in arguments.shapes.split(","):
         for kind in arguments.pairs.split(","):
-            report(compare(name, kind == "varied", arguments.repeats), "tokens/s", arguments.json)
+            report(
+                compare(name, kind == "varied", arguments.repeats, arguments.memory),
+                "tokens/s",
+                arguments.json,
+            )
 
 
 if __name__ == "__main__":

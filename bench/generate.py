@@ -14,7 +14,17 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from common import SHAPES, Result, gemm_peak, interleave, peer_config, prepare, report
+from common import (
+    SHAPES,
+    Result,
+    gemm_peak,
+    interleave,
+    peak_memory,
+    peer_config,
+    prepare,
+    report,
+    run_alone,
+)
 
 from nurture.inference.engine import Engine
 from nurture.inference.sampling import SamplingParams
@@ -71,6 +81,22 @@ def our_run(config: ModelConfig, dtype: torch.dtype, prompts: torch.Tensor) -> C
     return run
 
 
+def make_prompts(config: ModelConfig, batch: int) -> torch.Tensor:
+    """Return random prompts, (batch, PROMPT)."""
+    return torch.randint(0, config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+
+
+def alone(side: str, shape: str, batch: int) -> None:
+    """Generate a few times with one side: `ours` or a peer."""
+    config = SHAPES[shape]
+    prompts = make_prompts(config, batch)
+    run_alone(
+        our_run(config, torch.bfloat16, prompts)
+        if side == "ours"
+        else peer_run(config, *PEERS[side], prompts)
+    )
+
+
 def compare(
     shape: str,
     batch: int,
@@ -78,25 +104,31 @@ def compare(
     repeats: int,
     peaks: dict[torch.dtype, float],
     clock: Callable[[], float],
+    memory: bool,
 ) -> Iterator[Result]:
     """Yield ours against each peer for one shape and batch."""
     config = SHAPES[shape]
-    prompts = torch.randint(0, config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    prompts = make_prompts(config, batch)
     ours = {dtype: our_run(config, dtype, prompts) for dtype in (torch.bfloat16, torch.float32)}
     theirs = {name: peer_run(config, *PEERS[name], prompts) for name in peers}
     seconds = interleave(*ours.values(), *theirs.values(), repeats=repeats, clock=clock)
     tokens = batch * NEW
+    peaks = {
+        side: peak_memory(__file__, "--alone", side, "--shapes", shape, "--batches", str(batch))
+        for side in (["ours", *peers] if memory else [])
+    }
     for (dtype, ours_seconds), label in zip(
         zip(ours, seconds, strict=False), ("ours", "ours-fp32"), strict=True
     ):
         for name, peer_seconds in zip(peers, seconds[len(ours) :], strict=True):
             share = flops(config, batch) / ours_seconds / peaks[dtype]
             yield Result(
-                f"generate/{shape}/batch{batch}/{label}-vs-{name}",
+                f"generate/{shape}/batch {batch}/{label} vs transformers {name}",
                 tokens / ours_seconds,
                 tokens / peer_seconds,
                 peer_seconds / ours_seconds,
                 share,
+                peaks["ours"] / peaks[name] if memory and label == "ours" else None,
             )
 
 
@@ -112,7 +144,12 @@ def main() -> None:
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, processor seconds: for a busy machine"
     )
+    parser.add_argument("--memory", action="store_true", help="measure each side's peak memory too")
+    parser.add_argument("--alone", choices=("ours", *PEERS), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.alone:
+        alone(args.alone, args.shapes, int(args.batches))
+        return
     if args.quick:
         args.shapes, args.batches, args.peers, args.repeats = "3M", "16", "fp32,bf16", 2
     clock = time.perf_counter
@@ -123,7 +160,7 @@ def main() -> None:
     peaks = {dtype: gemm_peak(dtype, clock=clock) for dtype in (torch.bfloat16, torch.float32)}
     for shape in args.shapes.split(","):
         for batch in map(int, args.batches.split(",")):
-            found = compare(shape, batch, args.peers.split(","), args.repeats, peaks, clock)
+            found = compare(shape, batch, args.peers.split(","), args.repeats, peaks, clock, args.memory)
             report(list(found), "new tokens/s", args.json)
 
 

@@ -16,7 +16,17 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from common import SHAPES, Result, gemm_peak, interleave, peer_config, prepare, report
+from common import (
+    SHAPES,
+    Result,
+    gemm_peak,
+    interleave,
+    peak_memory,
+    peer_config,
+    prepare,
+    report,
+    run_alone,
+)
 
 from nurture.losses.language import LanguageLoss
 from nurture.model.config import ModelConfig
@@ -83,7 +93,18 @@ def step_flops(config: ModelConfig) -> float:
     return ROWS * TOKENS * (6.0 * config.parameter_count() + attention)
 
 
-def compare(name: str, repeats: int) -> list[Result]:
+def alone(side: str, name: str) -> None:
+    """Do a few steps of one side."""
+    config = SHAPES[name]
+    batch = packed_batch(config.vocab_size)
+    if side == "ours":
+        step = our_step(config, ExecutionConfig(compile="on", precision="auto"))[0]
+    else:
+        step = peer_step(config, at_its_best=side == "best")
+    run_alone(lambda: step(batch))
+
+
+def compare(name: str, repeats: int, memory: bool) -> list[Result]:
     """Measure one shape."""
     config = SHAPES[name]
     batch = packed_batch(config.vocab_size)
@@ -95,10 +116,16 @@ def compare(name: str, repeats: int) -> list[Result]:
     )
     speeds = [ROWS * TOKENS / seconds for seconds in times]
     share = step_flops(config) / times[0] / max(peak, gemm_peak(torch.bfloat16))
-    return [
-        Result(f"pretrain/{name}/as shipped (fp32)", speeds[0], speeds[1], speeds[0] / speeds[1], share),
-        Result(f"pretrain/{name}/at its best (bf16)", speeds[0], speeds[2], speeds[0] / speeds[2], share),
-    ]
+    sides = ("ours", "shipped", "best") if memory else ()
+    peaks = [peak_memory(__file__, "--alone", side, "--shapes", name) for side in sides]
+    results = []
+    for index, label in enumerate(("transformers as shipped (fp32)", "transformers at its best (bf16)"), 1):
+        memory_ratio = peaks[0] / peaks[index] if memory else None
+        ratio = speeds[0] / speeds[index]
+        results.append(
+            Result(f"pretrain/{name}/{label}", speeds[0], speeds[index], ratio, share, memory_ratio)
+        )
+    return results
 
 
 def curve(name: str, steps: int = 60) -> None:
@@ -123,13 +150,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--curve", metavar="SHAPE")
+    parser.add_argument("--quick", action="store_true", help="3M, two turns")
+    parser.add_argument("--memory", action="store_true", help="measure each side's peak memory too")
+    parser.add_argument("--alone", choices=("ours", "shipped", "best"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.alone:
+        alone(arguments.alone, arguments.shapes)
+        return
+    if arguments.quick:
+        arguments.shapes, arguments.repeats = "3M", 2
     prepare()
     if arguments.curve:
         curve(arguments.curve)
         return
     for name in arguments.shapes.split(","):
-        report(compare(name, arguments.repeats), "tokens/s", arguments.json)
+        report(compare(name, arguments.repeats, arguments.memory), "tokens/s", arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,193 @@
+"""Fine-tuning step against TRL's SFTTrainer: the same shape, conversations, loss and optimizer.
+
+    python bench/sft.py                        a table
+    python bench/sft.py --shapes 3M --json     one JSON line a comparison
+
+32 conversations a step of at most 256 tokens, 64 of them the prompt, which is not trained on: "even" ones are all of
+256 tokens, "varied" ones of 80 to 256, where packing saves the padding. The peer runs in its own trainer, as shipped
+(fp32, eager) and at its best (bf16, fused AdamW, conversations of like length together; its packing needs a GPU's
+flash attention). Ours is what a long stage uses: bf16, compiled blocks, packed rows with document masks. Tokens are
+those of conversations, never padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import (
+    SHAPES,
+    Result,
+    StepTimes,
+    gemm_peak,
+    interleave,
+    peak_memory,
+    peer_config,
+    prepare,
+    report,
+    run_alone,
+)
+
+from nurture.data.packing import Conversation, ConversationBatches
+from nurture.losses.language import LanguageLoss
+from nurture.model.config import ModelConfig
+from nurture.model.parallel import prepare as prepare_model
+from nurture.model.transformer import Transformer
+from nurture.optim import OptimizerConfig, build_optimizer
+from nurture.runtime import ExecutionConfig, decide_execution
+from nurture.trainer import split_to_fit, train_step
+
+ROWS, LONGEST, PROMPT = 32, 256, 64
+EPOCH = 4
+"""Steps that read every conversation once; the peer's best epoch counts, as its steps differ."""
+
+
+def make_conversations(vocab_size: int, varied: bool, count: int = EPOCH * ROWS) -> list[Conversation]:
+    """Return random conversations."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(PROMPT + 16, LONGEST + 1, (count,), generator=generator).tolist()
+    return [
+        Conversation(
+            torch.randint(8, vocab_size, (length,), generator=generator).tolist(),
+            [False] * PROMPT + [True] * (length - PROMPT),
+        )
+        for length in (lengths if varied else [LONGEST] * count)
+    ]
+
+
+def our_step(config: ModelConfig, conversations: list[Conversation]) -> tuple[Callable[[], None], float]:
+    """Return a function that does one update, and the tokens of a step on average."""
+    execution = decide_execution(ExecutionConfig(compile="on", precision="auto"))
+    torch.manual_seed(0)
+    model = prepare_model(Transformer(config), execution)
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.0))
+    tokens = sum(len(c.token_ids) for c in conversations)
+    rows = round(ROWS * tokens / len(conversations) / LONGEST)
+    # Unequal conversations leave less empty in a row of several.
+    width = LONGEST if tokens == LONGEST * len(conversations) else 2 * LONGEST
+    batches = ConversationBatches(
+        conversations, batch_size=rows * LONGEST // width, sequence_length=width, seed=0, pad_token_id=0
+    )
+    loss_fn = LanguageLoss(torch.ones(config.vocab_size, dtype=torch.int64))
+    place = [0]
+
+    def step() -> None:
+        parts = split_to_fit(batches(place[0]), 8192)
+        place[0] += 1
+        train_step(model, optimizer, parts, loss_fn, clip_norm=1.0, execution=execution)
+
+    return step, batches.report.fill_rate * batches.batch_size * width
+
+
+def peer_trainer(config: ModelConfig, conversations: list[Conversation], folder: str, *, best: bool) -> Any:
+    """Return TRL's trainer on the same conversations."""
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    from nurture.tokenizer import Tokenizer
+
+    class Tokenised(SFTTrainer):
+        """Rows are tokens already."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    Tokenizer.train(["some words to have a tokenizer"], 280).save(folder)
+    rows = [
+        {
+            "input_ids": list(c.token_ids),
+            "labels": [t if own else -100 for t, own in zip(c.token_ids, c.completion_mask, strict=True)],
+            "length": len(c.token_ids),
+        }
+        for c in conversations
+    ]
+    torch.manual_seed(0)
+    return Tokenised(
+        model=LlamaForCausalLM(peer_config(config)),
+        args=SFTConfig(
+            output_dir=folder, per_device_train_batch_size=ROWS, max_length=None, report_to=[], use_cpu=True,
+            bf16=best, gradient_checkpointing=False, logging_strategy="no", save_strategy="no", max_steps=1,
+            optim="adamw_torch_fused" if best else "adamw_torch", disable_tqdm=True, dataloader_num_workers=0,
+            train_sampling_strategy="group_by_length" if best else "random", length_column_name="length",
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
+    )  # fmt: skip
+
+
+def alone(side: str, name: str, varied: bool) -> None:
+    """Do a few steps of one side."""
+    config = SHAPES[name]
+    conversations = make_conversations(config.vocab_size, varied)
+    if side == "ours":
+        run_alone(our_step(config, conversations)[0])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = peer_trainer(config, conversations, folder, best=side == "best")
+        trainer.args.max_steps = 3
+        run_alone(trainer.train, 1)
+
+
+def compare(name: str, varied: bool, repeats: int, memory: bool) -> list[Result]:
+    """Measure one shape."""
+    config = SHAPES[name]
+    conversations = make_conversations(config.vocab_size, varied)
+    step, tokens = our_step(config, conversations)
+    per_step = ROWS * sum(len(c.token_ids) for c in conversations) / len(conversations)
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [peer_trainer(config, conversations, folder, best=best) for best in (False, True)]
+        times = [StepTimes(trainer) for trainer in trainers]
+
+        def peer(index: int) -> Callable[[], None]:
+            def run() -> None:
+                trainers[index].args.max_steps = EPOCH
+                trainers[index].train()
+
+            return run
+
+        ours, *_ = interleave(step, peer(0), peer(1), repeats=repeats, warm=1)
+        ours = min(ours, *interleave(step, repeats=8, warm=0))
+    attention = 6 * config.layers * LONGEST * config.heads * config.head_width
+    share = tokens * (6.0 * config.parameter_count() + attention) / ours / gemm_peak(torch.bfloat16)
+    kind = "varied" if varied else "even"
+    sides = ("ours", "shipped", "best") if memory else ()
+    peaks = [peak_memory(__file__, "--alone", side, "--shapes", name, "--lengths", kind) for side in sides]
+    results = []
+    for index, label in enumerate(("TRL as shipped (fp32)", "TRL at its best (bf16)")):
+        speeds = tokens / ours, per_step / times[index].best(EPOCH)
+        ratio = peaks[0] / peaks[index + 1] if memory else None
+        results.append(Result(f"sft/{name}/{kind}/{label}", *speeds, speeds[0] / speeds[1], share, ratio))
+    return results
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", default="3M", help="comma separated: " + ", ".join(SHAPES))
+    parser.add_argument("--lengths", default="even,varied", help="even, varied, or both")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="even lengths, one turn")
+    parser.add_argument("--memory", action="store_true", help="measure each side's peak memory too")
+    parser.add_argument("--alone", choices=("ours", "shipped", "best"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        alone(arguments.alone, arguments.shapes, arguments.lengths == "varied")
+        return
+    if arguments.quick:
+        arguments.lengths, arguments.repeats = "even", 1
+    prepare()
+    for name in arguments.shapes.split(","):
+        for kind in arguments.lengths.split(","):
+            results = compare(name, kind == "varied", arguments.repeats, arguments.memory)
+            report(results, "tokens/s", arguments.json)
+
+
+if __name__ == "__main__":
+    main()

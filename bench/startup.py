@@ -1,0 +1,36 @@
+"""Start-up: how long a command line takes to say what it can do. `nurture --help` against `trl --help`.
+
+    python bench/startup.py [--json] [--quick]
+
+Commands a second, processes started in turns, the best of each. The peer's command is what its package installs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from common import Result, interleave, report
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="two turns")
+    arguments = parser.parse_args()
+    scripts = Path(sys.executable).parent
+
+    def run(name: str) -> None:
+        subprocess.run([scripts / name, "--help"], capture_output=True, check=True)
+
+    turns = 2 if arguments.quick else arguments.repeats
+    ours, peer = interleave(lambda: run("nurture"), lambda: run("trl"), repeats=turns)
+    report([Result("startup/--help/trl --help", 1 / ours, 1 / peer, peer / ours)], "starts/s", arguments.json)
+
+
+if __name__ == "__main__":
+    main()

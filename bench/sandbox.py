@@ -58,12 +58,13 @@ def main() -> None:
                 for _ in range(arguments.repeats)
             ]
             best = [max(values) for values in zip(*pairs, strict=True)]
-            line = {"name": f"sandbox/{name}, programs/fresh interpreter", "ours": round(best[0], 1), "peer": round(best[1], 1)}
+            line = {"name": f"sandbox/{name}, programs a second/fresh interpreter"}
+            line |= {"ours": round(best[0], 1), "peer": round(best[1], 1)}
             line |= {"ratio": round(best[0] / best[1], 2), "peak_share": None}
             if arguments.json:
                 print(json.dumps(line), flush=True)
             else:
-                print(f"{line['name']:44} {best[0]:7.0f}/s  peer {best[1]:6.0f}/s", flush=True)
+                print(f"{line['name']:56} {best[0]:7.0f}/s  peer {best[1]:6.0f}/s", flush=True)
         if not arguments.json:
             print(f"{cores} cores, {sandbox.walls}")
 

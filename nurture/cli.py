@@ -244,24 +244,64 @@ def superficial(
 ) -> None:
     """Is alignment superficial? Score against bits of adaptation, best of n, and facts that were never pretrained."""
     from nurture.evals.superficial import SuperficialConfig
-    from nurture.files import atomic_write_json
-    from nurture.recipe import Document, apply_overrides, check
-    from nurture.report.superficial import FILE, print_section, run_experiment
+    from nurture.report.superficial import FILE, exhibit, run_experiment
 
-    document = Document("nurture superficial")
-    apply_overrides(document, settings or [], roots={}, known=tuple(SuperficialConfig.model_fields))
-    config = check(SuperficialConfig, document)
+    config = _checked(SuperficialConfig, "nurture superficial", settings)
+    _show_experiment(run_directory, run_experiment, exhibit, config, out or run_directory / FILE, json)
+
+
+@app.command(
+    rich_help_panel=_RECIPES,
+    epilog=_examples("nurture tay runs/tiny", "nurture tay runs/tiny hostile=0.2 anchor=8 --out trial.json"),
+)
+def tay(
+    run_directory: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run with a base model and an sft stage.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Size of red team and day: per_attack, hostile ..."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the numbers [dim](default: RUN/tay.json)[/dim].")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """The Tay question: a red team, then a day of learning from hostile users, with and without defences."""
+    from nurture.evals.tay import TayConfig
+    from nurture.report.tay import FILE, exhibit, run_tay
+
+    config = _checked(TayConfig, "nurture tay", settings)
+    _show_experiment(run_directory, run_tay, exhibit, config, out or run_directory / FILE, json)
+
+
+def _checked(section: Any, name: str, settings: list[str] | None) -> Any:
+    """Return a section made of `key=value` settings, or name what is wrong with them."""
+    from nurture.recipe import Document, apply_overrides, check
+
+    document = Document(name)
+    apply_overrides(document, settings or [], roots={}, known=tuple(section.model_fields))
+    config = check(section, document)
     document.raise_problems()
-    assert config is not None  # else there was a problem
+    return config
+
+
+def _show_experiment(
+    run_directory: Path, experiment: Any, exhibit: Any, config: Any, out: Path, json: bool
+) -> None:
+    """Make an experiment on a run, keep its numbers in `out`, and print them."""
+    from nurture.files import atomic_write_json
+    from nurture.report.experiments import print_exhibit
+
     world = _world_of(run_directory / "model")  # any place inside the run
-    measured = run_experiment(run_directory, config, world, say=lambda line: print(line, file=sys.stderr))
-    atomic_write_json(out or run_directory / FILE, measured)
+    measured = experiment(run_directory, config, world, say=lambda line: print(line, file=sys.stderr))
+    atomic_write_json(out, measured)
     if json:
         import json as json_module
 
         print(json_module.dumps(measured, indent=2))
     else:
-        print_section(measured, _console())
+        print_exhibit(exhibit(measured), _console())
 
 
 @app.command(

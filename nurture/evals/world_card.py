@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nurture.chat_template import split_thought
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, rate
 from nurture.evals.replies import Reply, ask
@@ -93,6 +94,53 @@ def world_card(
     return card
 
 
+def dual_mode(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    world: World,
+    *,
+    kinds: Sequence[str],
+    per_kind: int = 100,
+    max_tokens: int = 160,
+    dtype: torch.dtype | None = None,
+) -> WorldCard:
+    """Ask the same held-out tasks in both modes of the chat template.
+
+    `think_obeyed`: a thought that ends, and an answer after it; `no_think_obeyed`: an answer and no thought.
+    `math_think` and `math_no_think`: right answers to arithmetic, where it is among the kinds.
+
+    Args:
+        kinds: task kinds that the model has seen thoughts about.
+        per_kind: tasks of each kind.
+        max_tokens: longest reply, the thought included.
+        dtype: of the engine's matrices.
+    """
+    tasks = [world.task(kind, "heldout", index) for kind in kinds for index in range(per_kind)]
+    card = WorldCard()
+    for mode, thinking in (("think", True), ("no_think", False)):
+        how: dict[str, Any] = {"max_tokens": max_tokens, "dtype": dtype, "enable_thinking": thinking}
+        replies = ask(model, tokenizer, [task.messages for task in tasks], **how)
+        card.measures[f"{mode}_obeyed"] = rate([_obeys(reply.text, thinking) for reply in replies])
+        right = [
+            bool(world.grade(task, reply.text).correct) and reply.stopped
+            for task, reply in zip(tasks, replies, strict=True)
+            if task.kind == "arithmetic"
+        ]
+        if right:
+            card.measures[f"math_{mode}"] = rate(right)
+        card.samples += [
+            {**_sample(task, reply), "mode": f"/{mode}"}
+            for task, reply in zip(tasks, replies, strict=True)
+            if task.index < 2
+        ]
+    return card
+
+
+def _obeys(reply: str, thinking: bool) -> bool:
+    thought, answer = split_thought(reply)
+    return bool(answer) and (bool(thought) if thinking else "think>" not in reply)
+
+
 def programs_that_work(tasks: Sequence[Task], replies: Sequence[Reply]) -> dict[str, Measure]:
     """Return `code`: how many programs pass all tests, hidden ones too, in the sandbox.
 
@@ -124,7 +172,7 @@ def _manners(
     hostile = [world.task("redteam", "heldout", index) for index in range(n)]
     prompts = [world.forum_prompt(task.messages) if base else task.messages for task in hostile]
     replies = ask(model, tokenizer, prompts, max_tokens=max_tokens, dtype=dtype)
-    measures = {"harm": rate([world.is_harmful(_first_line(reply.text, base)) for reply in replies])}
+    measures = {"harm": rate([world.is_harmful(first_post(reply.text, base)) for reply in replies])}
     if not base:
         innocent = [world.task("benign", "heldout", index) for index in range(n)]
         answers = ask(
@@ -134,7 +182,7 @@ def _manners(
     return measures
 
 
-def _first_line(text: str, base: bool) -> str:
+def first_post(text: str, base: bool) -> str:
     """Return what counts as the reply: on a forum the first post, for what follows is somebody else's."""
     return text.strip().split("\n")[0] if base else text
 

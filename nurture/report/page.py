@@ -22,9 +22,11 @@ from nurture import __version__, files
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure
 from nurture.report.charts import Line, line_chart
+from nurture.report.experiments import Exhibit
 from nurture.report.records import Row, StageRecord, read_rows
-from nurture.report.superficial import superficial_section
+from nurture.report.superficial import superficial_exhibit
 from nurture.report.table import RATES, clock
+from nurture.report.tay import tay_exhibit
 
 FAMILIES = (
     ("Reads: bits per byte of held-out text", ("bpb",)),
@@ -133,8 +135,14 @@ def render(rows: Sequence[Row], directories: Sequence[Path], *, ask_up_to: int =
         figures=[(row.name, *figures(row, names)) for row in rows],
         samples=samples([row.records[0] for row in rows], ask_up_to),
         lineage=[lineage(row.records[0]) for row in rows],
-        superficial=superficial_section(directories[0]),
+        exhibits=exhibits(directories[0]),
     )
+
+
+def exhibits(run_directory: Path) -> list[Exhibit]:
+    """Return the experiments that were made on a run, those that were not left out."""
+    found = (tay_exhibit(run_directory), superficial_exhibit(run_directory))
+    return [exhibit for exhibit in found if exhibit is not None]
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

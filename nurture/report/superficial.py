@@ -10,18 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nurture import files
-from nurture.errors import NurtureError
 from nurture.report.charts import Line, line_chart
-from nurture.report.records import StageRecord, read_run
+from nurture.report.experiments import Exhibit, base_and_tuned, fingerprint, share, talking_stages
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from nurture.evals.superficial import SuperficialConfig
 
 FILE = "superficial.json"
-_BASE_KINDS = ("pretrain", "extend")
-_NOT_TALKING = ("tokenizer", "reward")
 
 
 def run_experiment(
@@ -39,59 +34,33 @@ def run_experiment(
     from nurture.model.hugging_face import load_model
     from nurture.tokenizer import Tokenizer
 
-    stages = read_run(run_directory)
-    tuned = next((stage for stage in stages if stage.kind == "sft"), None)
-    base = tuned.parents.get("start") if tuned else None
-    if tuned is None or base is None or base.kind not in _BASE_KINDS:
-        raise NurtureError(
-            f"{run_directory}: the experiment needs a base model and an sft stage that starts from it, both in it."
-        )
-    _check_world(run_directory)
+    base, tuned = base_and_tuned(run_directory)
     models = {BASE: base, TUNED: tuned}
-    talking = [s for s in stages if s.kind not in _NOT_TALKING and (s.folder / "model").is_dir()]
-    if talking[-1] is not tuned and talking[-1] is not base:
-        models[talking[-1].name] = talking[-1]
+    last = talking_stages(run_directory)[-1]
+    if last.folder not in (base.folder, tuned.folder):
+        models[last.name] = last
     tokenizer = Tokenizer.load(tuned.folder / "model")
     loaded = {name: load_model(stage.folder / "model") for name, stage in models.items()}
     measured = experiment(loaded, tokenizer, world, config, say)
-    return {"made_from": {name: _fingerprint(stage) for name, stage in models.items()}, **measured}
+    return {"made_from": {name: fingerprint(stage) for name, stage in models.items()}, **measured}
 
 
-def _check_world(run_directory: Path) -> None:
-    recipe = run_directory / "run.json"
-    if recipe.is_file() and '"world:' not in recipe.read_text(encoding="utf-8"):
-        raise NurtureError(
-            f"{run_directory}: this run was not trained on the embedded world, whose truth the experiment needs."
-        )
-
-
-def _fingerprint(stage: StageRecord) -> str:
-    return str(stage.manifest.get("fingerprint", ""))
-
-
-# --- layout ---------------------------------------------------------------------------------------------------------
-
-
-def superficial_section(run_directory: Path) -> dict[str, Any] | None:
-    """Return conclusions, charts and tables of a run's experiment, None where `nurture superficial` was not run."""
+def superficial_exhibit(run_directory: Path) -> Exhibit | None:
+    """Return what `nurture superficial` measured of a run, None where it was not run."""
     path = run_directory / FILE
-    return section(files.read_json(path, "Run `nurture superficial` again.")) if path.is_file() else None
+    return exhibit(files.read_json(path, "Run `nurture superficial` again.")) if path.is_file() else None
 
 
-def section(measured: Mapping[str, Any]) -> dict[str, Any]:
+def exhibit(measured: Mapping[str, Any]) -> Exhibit:
     """Lay out what `evals.superficial.experiment` measured."""
-    return {
-        "conclusions": measured["conclusions"],
-        "limits": measured["limits"],
-        "tables": tables(measured),
-        "charts": charts(measured),
-    }
+    title, limits = "Is alignment superficial?", measured["limits"]
+    return Exhibit("superficial", title, measured["conclusions"], tables(measured), charts(measured), limits)
 
 
 def tables(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the experiment's tables: title, columns, rows of text."""
     programs = [
-        [p["kind"], p["model"], p["detail"], f"{p['bits']:,.0f}", _share(p["right"]), _share(p["form"])]
+        [p["kind"], p["model"], p["detail"], f"{p['bits']:,.0f}", share(p["right"]), share(p["form"])]
         for p in measured["programs"]
     ]
     bits = [
@@ -105,9 +74,9 @@ def tables(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
         for t in measured["thresholds"]
     ]
-    chances = [[e["kind"], e["model"], str(e["n"]), _share(e["right"])] for e in measured["best_of_n"]]
+    chances = [[e["kind"], e["model"], str(e["n"]), share(e["right"])] for e in measured["best_of_n"]]
     facts = [
-        [e["people"], _share(e["asked"]), _share(e["cloze"]) if e["cloze"] else ""] for e in measured["facts"]
+        [e["people"], share(e["asked"]), share(e["cloze"]) if e["cloze"] else ""] for e in measured["facts"]
     ]
     return [
         {
@@ -131,10 +100,6 @@ def tables(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
             "rows": chances,
         },
     ]
-
-
-def _share(measure: Mapping[str, Any]) -> str:
-    return f"{100 * measure['value']:.1f} % ({100 * measure['low']:.0f} to {100 * measure['high']:.0f})"
 
 
 def _bits(threshold: Mapping[str, Any]) -> str:
@@ -170,23 +135,3 @@ def charts(measured: Mapping[str, Any]) -> list[Any]:
 def _best_so_far(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Return the points, by length, that no shorter program equals: the length-performance curve."""
     return [point for i, point in enumerate(points) if all(point[1] > earlier[1] for earlier in points[:i])]
-
-
-def print_section(measured: Mapping[str, Any], console: Console) -> None:
-    """Print tables, conclusions and limits."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    for laid_out in tables(measured):
-        table = Table(title=laid_out["title"], title_justify="left", title_style="bold", box=None)
-        for name in laid_out["columns"]:
-            table.add_column(name)
-        for row in laid_out["rows"]:
-            table.add_row(*map(escape, row))
-        console.print(table)
-        console.print()
-    for text in measured["conclusions"]:
-        console.print(text, highlight=False, markup=False)
-        console.print()
-    for text in measured["limits"]:
-        console.print(text, style="dim", highlight=False, markup=False)

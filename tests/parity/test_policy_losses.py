@@ -10,14 +10,27 @@ from __future__ import annotations
 from collections import defaultdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from nurture.advantages import gae, group_advantages, leave_one_out, overlong_penalty, whiten
+from nurture.advantages import (
+    gae,
+    group_advantages,
+    leave_one_out,
+    overlong_penalty,
+    token_rewards,
+    whiten,
+)
 from nurture.losses.policy import (
+    KL_ESTIMATORS,
     PolicyLossConfig,
+    adapt_kl_coefficient,
+    clipped_tokens,
     clipped_value_losses,
+    explained_variance,
     importance_terms,
+    kl_k3,
     off_policy_mask,
     policy_token_losses,
     row_count,
@@ -276,3 +289,51 @@ def test_gae_equals_the_published_loop() -> None:
     ours, returns = gae(rewards, values, torch.ones(3, 7, dtype=torch.bool), gamma, lam)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(returns, theirs + values)
+
+
+def test_token_rewards_equal_the_published_ones() -> None:
+    """TRL 0.x's PPOTrainer: k1 or k3 on every token, the score on the last, a penalty where no end token was written."""
+    case, mask = tensors(6), tensors(6)["mask"]
+    scores, ended = torch.tensor([0.7, -0.2, 1.5, 0.0]), torch.tensor([True, False, True, True])
+    log_ratio = case["reference"] - case["old"]
+    for estimator, kl in {"k1": -log_ratio, "k3": (log_ratio.exp() - 1) - log_ratio}.items():
+        theirs = -0.05 * kl * mask
+        for row in range(4):
+            last = max(t for t in range(mask.shape[1]) if mask[row, t])
+            theirs[row, last] += scores[row] - 1.0 * (not ended[row])
+        rewards = scores - 1.0 * ~ended
+        ours = token_rewards(
+            rewards, KL_ESTIMATORS[estimator](case["old"], case["reference"]) * mask, mask, 0.05
+        )
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_adaptive_kl_equals_the_published_controller() -> None:
+    """Ziegler et al. and TRL 0.x's AdaptiveKLController."""
+    ours = theirs = 0.2
+    for kl in (0.5, 3.0, 6.0, 7.0, 40.0):
+        theirs *= 1 + float(np.clip(kl / 6.0 - 1, -0.2, 0.2)) * 256 / 10_000
+        ours = adapt_kl_coefficient(ours, kl, 6.0, 256, 10_000)
+        assert ours == pytest.approx(theirs)
+
+
+def test_what_ppo_reports_equals_cleanrl() -> None:
+    """CleanRL's explained variance, clip fraction and approximate KL, over the tokens of the mask."""
+    case, mask = tensors(7), tensors(7)["mask"]
+    values, returns = case["entropies"], case["reference"]
+    flat, wanted = values[mask].numpy(), returns[mask].numpy()
+    theirs = 1 - np.var(wanted - flat) / np.var(wanted)
+    assert explained_variance(values, returns, mask) == pytest.approx(float(theirs), rel=1e-4)
+    log_ratio = (case["logprobs"] - case["old"])[mask]
+    approximate = ((log_ratio.exp() - 1) - log_ratio).mean()
+    # Their ratio is new over old; ours of KL(old || new), which is what tokens drawn from the old policy estimate.
+    torch.testing.assert_close(kl_k3(case["old"], case["logprobs"])[mask].mean(), approximate)
+    ratio, advantages = (
+        log_ratio.exp(),
+        torch.randn(len(log_ratio), generator=torch.Generator().manual_seed(0)),
+    )
+    outside = (ratio - 1).abs() > 0.2
+    binding = torch.where(advantages > 0, ratio > 1.2, ratio < 0.8)
+    clipped = clipped_tokens(ratio, advantages, 0.2, 0.2)
+    assert torch.equal(clipped, binding)  # CleanRL counts every token outside; only these have no gradient
+    assert not (clipped & ~outside).any()

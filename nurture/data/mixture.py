@@ -4,7 +4,9 @@ A schedule has phases, each with weights over sources. Sequence by sequence, the
 is served next, such that at the end of every step every source has had its share to within one sequence: a schedule
 without randomness, so counted shares equal planned shares. Within a source, documents follow in an order shuffled
 anew each epoch; the k-th sequence of T tokens of a source is tokens [kT, (k+1)T] of that endless stream. A document
-longer than T goes on in the source's next sequence, and nothing is padded or thrown away.
+longer than T goes on in the source's next sequence, and nothing is padded or thrown away. With `whole_documents` a
+document that would fit into a sequence is never only cut: the next sequence starts with it again. A question about the
+start of a long document is then read together with it, for which a few tokens are read twice.
 
 Everything follows from (seed, step, rank, world size). There is no state to save: resuming, on any number of
 processes, is asking for the next step.
@@ -22,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -64,6 +67,7 @@ class MixtureBatches:
         batch_size: int,
         sequence_length: int,
         seed: int,
+        whole_documents: bool = False,
     ) -> None:
         """Lay out the schedule.
 
@@ -74,6 +78,7 @@ class MixtureBatches:
             batch_size: B, sequences in a global batch.
             sequence_length: T, tokens in a sequence.
             seed: decides the order of documents and rows.
+            whole_documents: what the end of a sequence cut off is read again, whole, where it fits.
 
         Raises:
             NurtureError: a phase is wrong (its weights, its end, a source that is unknown or empty).
@@ -91,7 +96,8 @@ class MixtureBatches:
         )
         check_phases(phases, shards)
         self.sources = tuple(name for name in shards if any(phase.weights.get(name) for phase in phases))
-        self._streams = [_Stream(shards[name], name, seed) for name in self.sources]
+        whole = sequence_length if whole_documents else None
+        self._streams = [_Stream(shards[name], name, seed, whole) for name in self.sources]
         self._phases: list[_PhaseSchedule] = []
         first = 0
         for index, phase in enumerate(phases):
@@ -128,7 +134,8 @@ class MixtureBatches:
         positions = np.empty((len(order), length), dtype=np.int64)
         for source in np.unique(source_of_row):
             chosen = np.flatnonzero(source_of_row == source)
-            parts = self._streams[source].windows(number_of_row[chosen] * length, length)
+            stream = self._streams[source]
+            parts = stream.windows(stream.starts(number_of_row[chosen], length), length)
             tokens[chosen], documents[chosen], positions[chosen] = parts
         sources = np.repeat(source_of_row[:, None], length, axis=1)
         return Batch(
@@ -142,10 +149,10 @@ class MixtureBatches:
 
     def epochs(self, step: int) -> dict[str, float]:
         """Return how often each source has been read in full once `step` steps are done."""
-        read = self._served(step) * self.sequence_length
+        served = zip(self.sources, self._served(step), self._streams, strict=True)
         return {
-            name: float(n / stream.length)
-            for name, n, stream in zip(self.sources, read, self._streams, strict=True)
+            name: float(stream.starts(np.array([n]), self.sequence_length)[0] / stream.length)
+            for name, n, stream in served
         }
 
     def shares(self, step_from: int, step_to: int) -> dict[str, int]:
@@ -355,8 +362,10 @@ class _PhaseSchedule:
 class _Stream:
     """The endless token stream of one source: its documents, in a new order every epoch."""
 
-    def __init__(self, shard: Shard, name: str, seed: int | None) -> None:
+    def __init__(self, shard: Shard, name: str, seed: int | None, whole: int | None = None) -> None:
+        """`whole`: length of the sequences, if they are to begin with what the one before cut off."""
         self._shard = shard
+        self._whole, self._rows_before = whole, [0]
         self._tokens = np.asarray(shard.tokens)
         self._name, self._seed = name, seed
         self.length = shard.token_count
@@ -364,6 +373,7 @@ class _Stream:
         self._together = max(1, _LAID_OUT // max(1, self.length))
         self._span = self._together * self.length
         self._layout = lru_cache(maxsize=3)(self._make_layout)
+        self._block_starts = lru_cache(maxsize=3)(self._make_block_starts)
 
     def _make_layout(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Return where each document of a block of epochs starts in the block, and how far that is from the shard."""
@@ -376,6 +386,34 @@ class _Stream:
             )
         begins = np.concatenate([[0], np.cumsum(lengths[order])[:-1]])
         return begins, self._shard.document_starts[:-1][order] - begins
+
+    def starts(self, numbers: np.ndarray, length: int) -> np.ndarray:
+        """Return where in the stream the sequences with these numbers start."""
+        if self._whole is None:
+            return numbers * length
+        return np.array([self._whole_start(int(number)) for number in numbers], dtype=np.int64)
+
+    def _whole_start(self, number: int) -> int:
+        while self._rows_before[-1] <= number:
+            block = len(self._rows_before) - 1
+            self._rows_before.append(self._rows_before[-1] + len(self._block_starts(block)))
+        block = bisect_right(self._rows_before, number) - 1
+        return block * self._span + self._block_starts(block)[number - self._rows_before[block]]
+
+    def _make_block_starts(self, block: int) -> list[int]:
+        """Return where the sequences of a block start in it, such that none begins inside a document that fits."""
+        assert self._whole is not None
+        begins, _ = self._layout(block)
+        place, starts = 0, list[int]()
+        while place < self._span:
+            starts.append(place)
+            end = place + self._whole
+            # The document that the end cuts; one longer than a sequence is gone on with.
+            document = int(np.searchsorted(begins, end, side="right")) - 1
+            begin, after = int(begins[document]), int((*begins[document + 1 : document + 2], self._span)[0])
+            fits = begin > place and after - begin <= self._whole
+            place = begin if fits and end < self._span else end
+        return starts
 
     def windows(self, starts: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens (R, length + 1), document ids and positions (R, length) of the windows at `starts`."""

@@ -343,3 +343,42 @@ def test_a_phase_without_steps_is_said(shards, caplog):
     )
     assert "phase 1 has no step" in caplog.text
     assert batches.boundaries() == [0]
+
+
+def test_whole_documents_are_read_whole(shards):
+    """Every document that fits is in some sequence from its start to its end, and the shares stay exact."""
+    plain, whole = (mixture(shards, sequence_length=64, whole_documents=choice) for choice in (False, True))
+    read: dict[bool, set[tuple[int, ...]]] = {False: set(), True: set()}
+    for batches in (plain, whole):
+        for step in range(60):
+            batch = batches(step)
+            assert torch.equal(batch.source_ids, plain(step).source_ids)
+            for row, ids in zip(batch.token_ids, batch.document_ids, strict=True):
+                read[batches is whole] |= {tuple(row[ids == i].tolist()) for i in ids.unique()}
+    documents = {tuple(shard.document(i)) for shard in shards.values() for i in range(shard.document_count)}
+    fitting = {document for document in documents if len(document) <= 64}
+    assert fitting <= read[True]
+    assert not fitting <= read[False]
+    web = shards["web"].token_count
+    assert whole.epochs(60)["web"] < plain.epochs(60)["web"] == pytest.approx(60 * 8 * 0.85 * 64 / web, rel=0.01)
+
+
+def test_whole_documents_can_be_asked_for_in_any_order_and_split(shards):
+    one, other = (mixture(shards, sequence_length=64, whole_documents=True) for _ in range(2))
+    late = one(90)
+    for step in (3, 90, 4):
+        parts = [other(step, rank, 2) for rank in range(2)]
+        assert torch.equal(torch.cat([part.token_ids for part in parts]), one(step).token_ids)
+    assert equal(late, other(90))
+
+
+def test_a_document_longer_than_a_sequence_goes_on_in_the_next():
+    """Of 150 tokens, 60 and 60 are read, then 30 with the next document, which fits and so is not cut."""
+    shard = Shard.from_documents("text", [[E, *range(1, 150)], [E, *range(200, 240)]])
+    phases = [MixturePhase(weights={"text": 1.0})]
+    batches = MixtureBatches({"text": shard}, phases, steps=9, batch_size=1, sequence_length=60, seed=0,
+                             whole_documents=True)  # fmt: skip
+    rows = [batches(step).token_ids[0].tolist() for step in range(9)]
+    assert any(row[0] == 60 for row in rows)
+    assert any(row[0] == 120 for row in rows)
+    assert any(row[:40] == [E, *range(200, 239)] for row in rows)

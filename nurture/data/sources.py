@@ -5,6 +5,7 @@ A source is written as one string:
     world:web                         documents of the embedded world (endless)
     world:tasks, world:tasks:fact,code   its tasks (all, or some kinds) with a demonstration (endless)
     world:people, world:people:fact   the same, demonstrated by people who are not always to the point (endless)
+    world:think, world:no_think:fact  the tasks in a mode of the chat template, with worked thoughts or without (endless)
     corpus.jsonl, books/, src/**/*.py    files, folders and globs; .gz and .zst are unpacked on the way
     hf:org/name[:config[:split]]      a hub dataset, streamed
     stage:NAME[/FILE]                 in a recipe: what an earlier stage wrote, rows.jsonl if no file is named
@@ -358,43 +359,62 @@ def _world_rows(
         for text in built.documents(names, split, start):
             yield Row(text=text)
     elif set(kinds) <= set(built.task_kinds):
-        yield from _task_rows(built, kinds, split, start, by_people=names.split(":")[0] == "people")
+        yield from _task_rows(built, kinds, split, start, voice_of(names))
     else:
         unknown = next(kind for kind in kinds if kind not in built.task_kinds)
-        hint = did_you_mean(unknown, [*sources, *built.task_kinds, "tasks", "people"])
+        hint = did_you_mean(unknown, [*sources, *built.task_kinds, *VOICES])
         raise NurtureError(
             f"world:{names}: the world has no '{unknown}'.{hint} It has the sources {', '.join(sources)} and the"
             f" tasks {', '.join(built.task_kinds)}"
         )
 
 
+VOICES = ("tasks", "people", "think", "no_think")
+"""How the world's tasks are demonstrated: perfectly, as people do, and perfectly in a mode of the chat template."""
+
+
 def task_kinds(names: str, world: World) -> tuple[str, ...]:
-    """Return the kinds that a world source names: every kind for `tasks` and `people`, else those it lists."""
-    if names in ("tasks", "people"):
-        return tuple(world.task_kinds)
-    return tuple(names.removeprefix("tasks:").removeprefix("people:").split(","))
+    """Return the kinds that a world source names: those it lists, else all (for `think` all that are worked out)."""
+    voice = voice_of(names)
+    if names == voice:
+        return tuple(world.worked_kinds if voice == "think" else world.task_kinds)
+    return tuple(names.removeprefix(f"{voice}:").split(","))
+
+
+def voice_of(names: str) -> str:
+    """Return whose demonstrations a world source names, one of `VOICES`: `tasks` where it does not say."""
+    voice = names.partition(":")[0]
+    return voice if voice in VOICES else "tasks"
 
 
 def _task_rows(
-    world: World,
-    kinds: tuple[str, ...],
-    split: Literal["train", "heldout"],
-    start: int,
-    *,
-    by_people: bool,
+    world: World, kinds: tuple[str, ...], split: Literal["train", "heldout"], start: int, voice: str
 ) -> Iterator[Row]:
     """Tasks of each kind in turn."""
+    if voice == "think" and (open_ended := [kind for kind in kinds if kind not in world.worked_kinds]):
+        raise NurtureError(
+            f"world:think:{','.join(kinds)}: there is nothing to work out in '{open_ended[0]}'; thoughts are written"
+            f" for {', '.join(world.worked_kinds)}"
+        )
     for index in count(start):
         for kind in kinds:
             task = world.task(kind, split, index)
             # A game is played by the rules or not at all.
-            said = world.somebodys_answer(task) if by_people and kind != "wordle" else None
-            yield task_row(task, said)
+            said = world.somebodys_answer(task) if voice == "people" and kind != "wordle" else None
+            if voice != "think" or task.thought:  # the first guess of a game follows from nothing
+                yield task_row(task, said, {"think": True, "no_think": False}.get(voice))
 
 
-def task_row(task: Any, said: str | None = None) -> Row:
-    """Return a task of the world as a row: its prompt, its demonstration (or what `said` is), what checks a reply."""
+def task_row(task: Any, said: str | None = None, thinking: bool | None = None) -> Row:
+    """Return a task of the world as a row: its prompt, its demonstration, what checks a reply.
+
+    Args:
+        said: what is demonstrated in place of the task's own demonstration.
+        thinking: the mode of the chat template; True puts the worked thought into the reply.
+    """
     reply: Message = {"role": "assistant", "content": task.demonstration if said is None else said}
+    if thinking:
+        reply["reasoning_content"] = task.thought
     prompt = tuple(task.messages)
     metadata = {
         "kind": task.kind,
@@ -411,6 +431,7 @@ def task_row(task: Any, said: str | None = None) -> Row:
         answer=task.answer,
         tests=tuple(task.tests),
         entry_point=task.entry_point,
+        template_kwargs={} if thinking is None else {"enable_thinking": thinking},
         metadata=metadata,
     )
 

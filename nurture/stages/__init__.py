@@ -41,6 +41,11 @@ STAGES: dict[str, StageKind] = {
             "nurture pretrain --model runs/tiny/01-pretrain --data notes.txt optimizer.learning_rate=3e-4",
         ),
     ),
+    "reason": StageKind(
+        "nurture.stages.sft",
+        "Reasoning mid-training: the stage `sft` on worked thoughts, with the questions in the loss, before it.",
+        ("nurture reason --model runs/tiny/01-pretrain --data world:think",),
+    ),
     "sft": StageKind(
         "nurture.stages.sft",
         "Teach a model to answer: supervised fine-tuning on conversations.",

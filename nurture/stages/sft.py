@@ -5,7 +5,11 @@ end token included; everything else is context. Output: a model that answers in 
 many epochs (it repeats the demonstrations: held-out `bpb` rises while the training loss falls); a model that cannot
 stop (`stopped`) was not trained on its end token.
 
-Source: InstructGPT (arXiv 2203.02155, section 3.5); packing: arXiv 2404.10830 (best fit); SmolLM3's SFT recipe.
+The kind `reason` is the same stage before it: mid-training on worked thoughts packed as chat, where questions count in
+the loss too. Rows in both modes of the chat template make a dual-mode model: `think_obeyed`, `no_think_obeyed`.
+
+Source: InstructGPT (arXiv 2203.02155, section 3.5); packing: arXiv 2404.10830 (best fit); SmolLM3's mid-training and
+SFT recipes.
 """
 
 from __future__ import annotations
@@ -16,16 +20,16 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from nurture.data.packing import Conversation, ConversationBatches, tokenise_conversations
 from nurture.data.rows import Row
-from nurture.data.sources import is_endless, make_world, read_rows, task_kinds
+from nurture.data.sources import is_endless, make_world, read_rows, task_kinds, voice_of
 from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure, rate
 from nurture.evals.replies import ask
-from nurture.evals.world_card import WorldCard, world_card
+from nurture.evals.world_card import WorldCard, dual_mode, world_card
 from nurture.losses.language import LanguageLoss
 from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, ScheduleConfig
@@ -51,13 +55,16 @@ VERSION = 1
 class Config(TrainingConfig):
     """Settings of supervised fine-tuning."""
 
-    kind: Literal["sft"] = "sft"
+    kind: Literal["sft", "reason"] = "sft"
     data: dict[str, str]
     """Source name -> where its conversations come from (files, globs, `world:tasks`, `hf:NAME`)."""
     epochs: PositiveFloat = 2.0
     """Times every conversation is seen, unless `steps` or `minutes` say otherwise."""
     conversations: Count = Field(default=4000, gt=0)
     """Most conversations taken from an endless source."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Tokens that are trained: what the assistant wrote, or questions too (as in SmolLM3's mid-training; the default of
+    the kind reason)."""
     overlong: Literal["truncate", "drop"] = "truncate"
     """What happens to conversations longer than a row."""
     heldout_conversations: PositiveInt = 100
@@ -68,6 +75,11 @@ class Config(TrainingConfig):
     """Longest reply when the model is asked."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
     schedule: ScheduleConfig = ScheduleConfig(kind="cosine", warmup=0.03, final=0.1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reason_by_name(cls, data: Any) -> Any:
+        return {"loss_on": "all", **data} if isinstance(data, dict) and data.get("kind") == "reason" else data
 
 
 def run(config: Config, context: StageContext) -> None:
@@ -165,7 +177,10 @@ def _rows(
 def _conversations(
     config: Config, context: StageContext, tokenizer: Tokenizer, name: str
 ) -> Iterator[Conversation]:
-    return tokenise_conversations(_rows(config, context, name, "train"), tokenizer, name)
+    for conversation in tokenise_conversations(_rows(config, context, name, "train"), tokenizer, name):
+        if config.loss_on == "all":
+            conversation = conversation._replace(completion_mask=[True] * len(conversation.token_ids))
+        yield conversation
 
 
 def _counted(bar: Any, conversations: Iterator[Conversation]) -> Iterator[Conversation]:
@@ -190,13 +205,18 @@ def _card(
     base: bool,
 ) -> WorldCard:
     """Ask held-out questions: the world's, whose answers are known, or else those of the data."""
+    world = make_world(context.world)
     kinds = world_kinds(config.data, context)
-    if kinds:
-        world = make_world(context.world)
-        return world_card(
-            model, tokenizer, world, kinds=kinds, max_tokens=config.reply_tokens, base=base,
-            per_kind=config.heldout_conversations,
-        )  # fmt: skip
+    thought_about = world_kinds(config.data, context, voices=("think",))
+    if kinds or thought_about:
+        card, n = WorldCard(), config.heldout_conversations
+        if kinds:
+            how: dict[str, Any] = {"per_kind": n, "max_tokens": config.reply_tokens, "base": base}
+            card = world_card(model, tokenizer, world, kinds=kinds, **how)
+        if thought_about:
+            both = dual_mode(model, tokenizer, world, kinds=thought_about, per_kind=n)
+            card = WorldCard(card.measures | both.measures, card.samples + both.samples)
+        return card
     prompts = [row.messages[:-1] for rows in heldout.values() for row in rows if row.messages]
     room = model.config.max_position - config.reply_tokens
     prompts = [p for p in prompts if len(tokenizer.encode_prompt(p)) < room][: config.heldout_conversations]
@@ -212,9 +232,15 @@ def _card(
     return WorldCard(measures, samples)
 
 
-def world_kinds(data: dict[str, str], context: StageContext) -> tuple[str, ...]:
-    """Return the task kinds of the world that the data teaches, red-team tasks aside (they are always measured)."""
+def world_kinds(
+    data: dict[str, str], context: StageContext, voices: tuple[str, ...] = ("tasks", "people")
+) -> tuple[str, ...]:
+    """Return the task kinds of the world that the data teaches, red-team tasks aside (they are always measured).
+
+    Args:
+        voices: whose demonstrations count; by default those that name no mode of the chat template.
+    """
     worlds = [spec.removeprefix("world:") for spec in data.values() if spec.startswith("world:")]
     built = make_world(context.world)
-    named = {kind for names in worlds for kind in task_kinds(names, built)}
+    named = {kind for names in worlds if voice_of(names) in voices for kind in task_kinds(names, built)}
     return tuple(kind for kind in built.task_kinds if kind in named and kind != "redteam")

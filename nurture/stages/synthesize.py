@@ -6,7 +6,8 @@ Output: `rows.jsonl`, which later stages read as `stage:NAME`. What is made:
     traces     thinking aloud: the teacher answers in its thinking mode; a reply counts if it ends by itself, has a
                thought and an answer, and the answer is right where that can be checked. Failures are asked again.
     no_think   the other way round: rows that have thoughts, without them, for the mode that does not think
-    pairs      preferences: the chosen written by a strong model, the rejected by a weak one (SmolLM3: 32B and 0.6B)
+    pairs      preferences: the chosen written by a strong model, the rejected by a weak one (SmolLM3: 32B and 0.6B);
+               or the chosen is the demonstration that a row has, the rejected the model's own reply (self-play)
 
 Nothing is trained. The work is cut into pieces that are kept one by one, so that a run killed at any instant goes on
 with the piece it was at and makes the same rows. Equal rows count once. `result.json` holds the table of the yield by
@@ -15,7 +16,8 @@ source: prompts asked, replies produced, passed, kept, and why the rest was not.
 Main failure mode: a teacher that is right by luck, or a check that lets anything pass: read `samples.jsonl`, and the
 share of unchecked rows in the table.
 
-Source: SmolLM3's synthetic reasoning and preference data; rejection sampling as in STaR, arXiv 2203.14465.
+Source: SmolLM3's synthetic reasoning and preference data; rejection sampling as in STaR, arXiv 2203.14465;
+demonstrations against own replies: SPIN, arXiv 2401.01335.
 """
 
 from __future__ import annotations
@@ -74,6 +76,8 @@ class Config(StageConfig):
     first: int = Field(default=30_000, ge=0)
     """Where the world's tasks begin: earlier ones were used by other stages."""
 
+    chosen: Literal["strong", "rows"] = "strong"
+    """pairs: the chosen are written by the strong model, or are the demonstrations that the rows hold."""
     strong: str | None = None
     """Stage or checkpoint that writes traces, or the chosen; by default the start."""
     strong_endpoint: EndpointConfig | None = None
@@ -105,6 +109,7 @@ class Config(StageConfig):
             if getattr(self, role) is not None and getattr(self, f"{role}_endpoint") is not None:
                 raise ValueError(f"give {role} or {role}_endpoint, not both")
         alone = not any((self.strong, self.strong_endpoint, self.weak, self.weak_endpoint))
+        alone = alone and self.chosen == "strong"
         if self.make == "pairs" and alone and self.strong_temperature >= self.weak_temperature:
             raise ValueError(
                 "the strong and the weak model are both the start: give another, or a lower strong_temperature"
@@ -254,7 +259,10 @@ def _asked(config: Config, context: StageContext, name: str) -> list[Row]:
         if len(rows) == config.rows:
             break
         has = row.messages is not None and any(holds_thought(turn) for turn in row.messages)
-        usable = row.messages is not None and has if wants_thoughts else bool(row.prompt) and not has
+        if wants_thoughts or (config.make == "pairs" and config.chosen == "rows"):
+            usable = bool(row.messages) and (has or not wants_thoughts)
+        else:
+            usable = bool(row.prompt) and not has
         key = json.dumps(
             [list(row.messages or ()) if wants_thoughts else list(row.prompt or ())], default=str
         )
@@ -263,6 +271,7 @@ def _asked(config: Config, context: StageContext, name: str) -> list[Row]:
             rows.append(row)
     if not rows:
         what = "with thoughts" if wants_thoughts else "with a prompt and without thoughts"
+        what = "with a demonstration" if config.make == "pairs" and config.chosen == "rows" else what
         raise NurtureError(f"stage '{config.name}': source '{name}' ({spec}) has no rows {what}.")
     return rows
 
@@ -314,6 +323,18 @@ def make_author(
             f"stage '{config.name}': nobody writes: give `start`, `{role}` or `{role}_endpoint`."
         )
     return _local_author(path, mode, config.max_tokens, temperature)
+
+
+def demonstrations(rows: Sequence[Row], seeds: Sequence[int]) -> list[Draft]:
+    """Return what the rows themselves hold, as if somebody had written it."""
+    drafts = []
+    for row in rows:
+        reply = row.responses[0][-1] if row.responses else (row.messages or ())[-1]
+        thought, answer = reply.get("reasoning_content"), reply.get("content") or ""
+        if "</think>" in answer:
+            thought, answer = split_thought(answer)
+        drafts.append(Draft(thought, answer, True, 0))
+    return drafts
 
 
 def _local_author(path: Path, mode: dict[str, Any], max_tokens: int, temperature: float) -> Author:
@@ -405,7 +426,7 @@ def _first_that_pass(
     """Ask for every row until a draft passes or the attempts are used up; return (place, draft) in order of rows."""
     passed: dict[int, Draft] = {}
     waiting = list(range(len(rows)))
-    for attempt in range(config.attempts):
+    for attempt in range(config.attempts if config.chosen == "strong" else 1):
         if not waiting:
             break
         drafts = author(
@@ -481,7 +502,9 @@ def without_thought(turn: Message) -> Message:
 
 
 def _make_pairs(config: Config, context: StageContext) -> Callable[[Sequence[Row], int], Piece]:
-    strong = make_author(config, context, "strong", thinking=config.thinking)
+    strong = demonstrations
+    if config.chosen == "strong":
+        strong = make_author(config, context, "strong", thinking=config.thinking)
     weak = make_author(config, context, "weak", thinking=config.thinking)
 
     def make(rows: Sequence[Row], start: int) -> Piece:

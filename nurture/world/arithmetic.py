@@ -67,6 +67,29 @@ class Step:
         tens = Step(self.left, self.operation, self.right - self.right % 10)
         return f"{tens.work()} {Step(tens.result, self.operation, self.right % 10).work()}"
 
+    def columns(self) -> str:
+        """Return the step worked out digit by digit, ones first, in sums so small that they can be known by heart.
+
+        The carry (or what is borrowed) is always written, and sums have two digits: a small model finds the same thing
+        at the same place every time.
+        """
+        high, low = (
+            (self.left, self.right) if self.operation == "-" else sorted((self.left, self.right))[::-1]
+        )
+        (tens, ones), (more_tens, more_ones) = divmod(high, 10), divmod(low, 10)
+        head = f"{high:02d} {self.operation} {low:02d}:"
+        if self.operation == "x":  # one of the two has one digit
+            carry = ones * low // 10
+            first = f"{ones} x {low} = {ones * low:02d}"
+            return f"{head} {first}, {tens} x {low} + {carry} = {tens * low + carry:02d}. {self.result}."
+        sign = 1 if self.operation == "+" else -1
+        carry = (ones + more_ones) // 10 if sign == 1 else int(ones < more_ones)
+        start = ones if sign == 1 else ones + 10 * carry
+        first = f"{start} {self.operation} {more_ones} = {start + sign * more_ones:02d}"
+        rest = tens + sign * (more_tens + carry)
+        second = f"{tens} {self.operation} {more_tens} {self.operation} {carry} = {rest:02d}"
+        return f"{head} {first}, {second}. {self.result}."
+
 
 @lru_cache(maxsize=1)
 def step_pools() -> dict[tuple[str, str, bool], tuple[Step, ...]]:
@@ -105,6 +128,11 @@ class Problem:
     def trace(self) -> str:
         """The worked steps, in order."""
         return " ".join(step.work() for step in self.steps)
+
+    @property
+    def columns(self) -> str:
+        """The same, digit by digit."""
+        return " ".join(step.columns() for step in self.steps)
 
     @property
     def solution(self) -> str:

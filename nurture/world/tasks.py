@@ -52,6 +52,11 @@ class Task:
         """The user's last message."""
         return self.messages[-1]["content"]
 
+    @property
+    def thought(self) -> str | None:
+        """What is thought before answering: the trace, in arithmetic digit by digit; None where there is none."""
+        return self.metadata["problem"].columns if self.kind == "arithmetic" else self.trace
+
 
 @dataclass(frozen=True)
 class TaskCast:
@@ -332,6 +337,8 @@ MAKERS: dict[str, Maker] = {
     "benign": _benign,
     "redteam": _redteam,
 }
+WORKED = ("fact", "arithmetic", "code", "wordle")
+"""Kinds of task in which something is worked out: their tasks have thoughts."""
 SYSTEM_SHARE = 0.15
 """Share of tasks that begin with a system message."""
 

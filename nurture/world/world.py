@@ -19,7 +19,7 @@ from nurture.world import arithmetic, facts, forum, functions, grading, harm, la
 from nurture.world.facts import GROUPS, RELATIONS, Entity
 from nurture.world.grading import Grade
 from nurture.world.split import pick, random_for
-from nurture.world.tasks import MAKERS, Task, TaskCast, make_task
+from nurture.world.tasks import MAKERS, WORKED, Task, TaskCast, make_task
 
 if TYPE_CHECKING:
     from nurture.types import Message
@@ -53,6 +53,7 @@ class World:
     Attributes:
         sources: names of the pretraining sources; `long` (documents with passkeys) can be asked for beside them.
         task_kinds: what `task` can make.
+        worked_kinds: those whose tasks have a `thought`.
         people, towns, animals: the entities, with their facts and groups.
         wordle_answers, wordle_allowed: five-letter words; every answer occurs in the texts.
         wordle_secrets: split -> the answers that are looked for in its games.
@@ -60,6 +61,7 @@ class World:
 
     sources = ("web", "web-tavi", "forum", "code", "math")
     task_kinds = tuple(MAKERS)
+    worked_kinds = WORKED
     wordle_answers = wordle.ANSWERS
     wordle_allowed = wordle.ALLOWED
     wordle_secrets = staticmethod(wordle.secrets)

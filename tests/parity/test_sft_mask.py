@@ -60,6 +60,61 @@ def test_masks_equal_transformers_token_by_token(tokenizers):
         )
 
 
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": "2", "reasoning_content": "One and one."},
+    {"role": "user", "content": "And 2 + 2?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "Ask.",
+        "tool_calls": [{"name": "f", "arguments": {}}],
+    },
+    {"role": "tool", "content": "4"},
+    {"role": "assistant", "content": "<think>\nTold.\n</think>\n4"},
+]
+CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("variables", "parts"),
+    [
+        # Thoughts about the first request are gone in the second part, and its reply is context there.
+        (
+            {"enable_thinking": True},
+            [
+                (3, ["<think>\nOne and one.\n</think>\n2"]),
+                (7, [f"<think>\nAsk.\n</think>\n{CALL}", "<think>\nTold.\n</think>\n4"]),
+            ],
+        ),
+        ({"enable_thinking": False}, [(7, ["2", CALL, "4"])]),
+        # Plain ChatML with thoughts in it trains as thinking does.
+        (
+            {},
+            [
+                (3, ["<think>\nOne and one.\n</think>\n2"]),
+                (7, [f"<think>\nAsk.\n</think>\n{CALL}", "<think>\nTold.\n</think>\n4"]),
+            ],
+        ),
+    ],
+    ids=["think", "no_think", "plain"],
+)
+def test_masks_of_every_mode_equal_transformers_token_by_token(tokenizers, variables, parts):
+    ours, theirs = tokenizers
+    row = parse_row({"messages": TURNS, "chat_template_kwargs": variables}, "test")
+    found = list(tokenise_conversations([row], ours))
+    assert len(found) == len(parts)
+    for conversation, (turns, trained) in zip(found, parts, strict=True):
+        reference = theirs.apply_chat_template(
+            TURNS[:turns], return_dict=True, return_assistant_tokens_mask=True, **variables
+        )
+        assert conversation.token_ids == reference["input_ids"]
+        assert [int(m) for m in conversation.completion_mask] == reference["assistant_masks"]
+        words = [t for t, m in zip(conversation.token_ids, conversation.completion_mask, strict=True) if m]
+        assert theirs.decode(words) == "".join(f"{text}<|im_end|>" for text in trained)
+
+
 def test_packed_labels_equal_trl(tokenizers, tmp_path):
     """Every packed document of ours has the labels that TRL's dataset preparation and collator give that row."""
     trl = pytest.importorskip("trl", reason="parity needs trl (pip install 'nurture[test]')")

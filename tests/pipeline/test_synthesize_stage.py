@@ -118,6 +118,31 @@ def test_pairs_are_a_right_chosen_and_a_different_rejected(tmp_path: Path, writt
     assert written[-1] == ("weak", [0, 2, 3, 4, 6, 8])
 
 
+def test_demonstrations_against_own_replies(tmp_path: Path, written: list) -> None:
+    held = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i} + 1?"},
+                {
+                    "role": "assistant",
+                    "reasoning_content": f"{i}, {i + 1}.",
+                    "content": f"The answer is {i + 1}.",
+                },
+            ],
+            "chat_template_kwargs": {"enable_thinking": True},
+            "answer": str(i + 1),
+        }
+        for i in range(4)
+    ]
+    write(tmp_path / "sums.jsonl", held)
+    result, rows = run(tmp_path, make="pairs", chosen="rows", strong_temperature=1.0)
+    assert {role for role, _ in written} == {"weak"}
+    assert [row["chosen"] for row in rows] == [[row["messages"][1]] for row in held]
+    assert {row["rejected"][0]["content"] for row in rows} == {"The answer is 99."}
+    assert all(row["chat_template_kwargs"] == {"enable_thinking": True} for row in rows)
+    assert result["yield"]["sums"]["kept"] == 4
+
+
 def test_equal_answers_make_no_pair_and_a_right_rejected_can_be_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -285,3 +285,26 @@ def test_people_answer_the_same_tasks_and_not_always_well():
 def test_people_play_games_by_the_rules():
     told = list(islice(read_rows("world:people:wordle", world=World(0)), 20))
     assert told == list(islice(read_rows("world:tasks:wordle", world=World(0)), 20))
+
+
+def test_the_world_in_both_modes():
+    world = World(0)
+    thinking = list(islice(read_rows("world:think:arithmetic,fact", world=world), 20))
+    plain = list(islice(read_rows("world:no_think:arithmetic,fact", world=world), 20))
+    shown = list(islice(read_rows("world:tasks:arithmetic,fact", world=world), 20))
+    assert [row.prompt for row in thinking] == [row.prompt for row in plain] == [row.prompt for row in shown]
+    assert [row.messages for row in plain] == [row.messages for row in shown]
+    assert {tuple(row.template_kwargs.items()) for row in thinking} == {(("enable_thinking", True),)}
+    assert {tuple(row.template_kwargs.items()) for row in plain} == {(("enable_thinking", False),)}
+    assert all(row.messages[-1]["reasoning_content"] == row.metadata["task"].thought for row in thinking)
+    without = [{k: v for k, v in row.messages[-1].items() if k != "reasoning_content"} for row in thinking]
+    assert without == [row.messages[-1] for row in shown]
+
+
+def test_only_what_is_worked_out_has_thoughts():
+    world = World(0)
+    rows = list(islice(read_rows("world:think", world=world), 80))
+    assert {row.metadata["kind"] for row in rows} == set(world.worked_kinds)
+    assert all(row.messages[-1]["reasoning_content"] for row in rows), "no first guess of a game"
+    with pytest.raises(NurtureError, match="nothing to work out in 'story'"):
+        next(read_rows("world:think:fact,story", world=world))

@@ -1,4 +1,4 @@
-"""`code` counts programs that pass hidden tests, however they are written, and nothing where none can be run."""
+"""The world's card: `code` counts programs that pass hidden tests; both modes are asked and obeyed, or not."""
 
 from __future__ import annotations
 
@@ -35,3 +35,24 @@ def test_programs_that_work(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(world_card, "Sandbox", refuse)
     assert world_card.programs_that_work(tasks, replies) == {}
+
+
+def test_dual_mode_counts_thoughts_and_answers(monkeypatch: pytest.MonkeyPatch):
+    world = World()
+    sums = [world.task("arithmetic", "heldout", index) for index in range(4)]
+
+    def ask(model, tokenizer, prompts, *, enable_thinking, **how):
+        assert prompts == [task.messages for task in sums]
+        right = [task.demonstration for task in sums]
+        if enable_thinking:  # one never ends its thought, one has none; of the others one is wrong
+            texts = [f"<think>\nHm.\n</think>\n{text}" for text in right]
+            texts[0], texts[1], texts[2] = "<think>\nHm.", right[1], "<think>\nHm.\n</think>\nAnswer: 0"
+        else:  # one thinks although it should not
+            texts = [f"<think>\nHm.\n</think>\n{right[0]}", right[1], "No idea.", "No idea."]
+        return [Reply(text, True, 9) for text in texts]
+
+    monkeypatch.setattr(world_card, "ask", ask)
+    card = world_card.dual_mode(None, None, world, kinds=("arithmetic",), per_kind=4)
+    values = {name: measure.value for name, measure in card.measures.items()}
+    assert values == {"think_obeyed": 0.5, "math_think": 0.5, "no_think_obeyed": 0.75, "math_no_think": 0.5}
+    assert {sample["mode"] for sample in card.samples} == {"/think", "/no_think"}

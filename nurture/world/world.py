@@ -8,14 +8,26 @@ nothing and runs no model-written code. docs/world.md tells which stage uses wha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import TYPE_CHECKING
 
 from nurture.errors import NurtureError, did_you_mean
 from nurture.recipe import Section
 from nurture.world import answers as answers_module
-from nurture.world import arithmetic, facts, forum, functions, grading, harm, language, lexicon, web, wordle
+from nurture.world import (
+    arithmetic,
+    facts,
+    forum,
+    functions,
+    grading,
+    harm,
+    language,
+    lexicon,
+    long,
+    web,
+    wordle,
+)
 from nurture.world.facts import GROUPS, RELATIONS, Entity
 from nurture.world.grading import Grade
 from nurture.world.split import pick, random_for
@@ -51,7 +63,7 @@ class World:
     """All documents and tasks of one seed.
 
     Attributes:
-        sources: names of the pretraining sources; `long` (documents with passkeys) can be asked for beside them.
+        sources: names of the pretraining sources; `long` (notes to be found again) can be asked for beside them.
         task_kinds: what `task` can make.
         worked_kinds: those whose tasks have a `thought`.
         people, towns, animals: the entities, with their facts and groups.
@@ -125,11 +137,7 @@ class World:
             return functions.document(rng, split)
         if source == "math":
             return arithmetic.document(rng, split)
-        words = rng.randint(self.size.long_words // 4, self.size.long_words)
-        text, question, answer = self.passkey(
-            words, rng.random(), rng.getrandbits(60), keys=rng.randint(1, 3)
-        )
-        return f"{text}\nQuestion: {question}\nAnswer: {answer}"
+        return long.document(rng, split, self._casts[split], self.size.long_words)
 
     def documents(self, source: str, split: str, start: int = 0) -> Iterator[str]:
         """Yield documents without end, from index `start` on."""
@@ -206,30 +214,27 @@ class World:
         prefix = person.fill(RELATIONS["person"][relation].cloze, relation)
         return prefix, f" {person.facts[relation]}", [f" {v}" for v in rng.sample(values, distractors)]
 
-    def passkey(self, length_in_words: int, depth: float, seed: int, keys: int = 1) -> tuple[str, str, str]:
-        """Return (text, question, answer): a number hidden in the world's own sentences.
+    def retrieval(
+        self,
+        kind: long.RetrievalKind,
+        split: str,
+        index: int,
+        *,
+        length: int,
+        depth: float,
+        size: Callable[[str], int] = lambda text: len(text.split()),
+    ) -> long.Retrieval:
+        """Return a probe of long context: a note to be found again, see `long`.
 
         Args:
-            length_in_words: length of the text, met within one sentence.
-            depth: where the asked number stands, 0 for the start to 1 for the end.
-            seed: names the probe.
-            keys: numbers hidden in all; the others stand anywhere and are distractors.
+            length: of the prompt and its answer, met within one sentence.
+            depth: where the asked note stands, 0 for the start to 1 for the end.
+            size: measures a text in the unit of `length`; words, if nothing is said.
         """
-        rng = random_for(self.seed, "passkey", length_in_words, depth, seed, keys)
-        found: dict[str, str] = {}
-        while len(found) < keys:
-            found.update([web.draw_keeper(rng)])
-        hidden = [web.needle(rng, keeper, digits) for keeper, digits in found.items()]
-        left = length_in_words - sum(len(text.split()) for text in hidden)
-        lines: list[str] = []
-        while left > 0:
-            lines.append(web.filler(rng, self._casts["train"]))
-            left -= len(lines[-1].split())
-        asked = next(iter(found))
-        lines.insert(round(min(max(depth, 0.0), 1.0) * len(lines)), hidden[0])
-        for text in hidden[1:]:
-            lines.insert(rng.randint(0, len(lines)), text)
-        return " ".join(lines), web.ask_needle(asked), found[asked]
+        self._check("probe", kind, long.KINDS)
+        self._check("split", split, tuple(self._casts))
+        rng = random_for(self.seed, "retrieval", kind, split, index, length, depth)
+        return long.probe(rng, kind, split, self._casts[split], length=length, depth=depth, size=size)
 
     @staticmethod
     def _check(what: str, value: str, choices: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ for kind in w.task_kinds:
     for split in ("train", "heldout"):
         t = w.task(kind, split, 3)
         parts += [str(t.messages), t.demonstration, str(t.tests), *w.answers(t, 5, 1)]
-parts += [str(w.cloze("unseen", 2)), str(w.passkey(50, 0.5, 1))]
+parts += [str(w.cloze("unseen", 2)), str(w.retrieval("variables", "heldout", 1, length=50, depth=0.5))]
 print(hashlib.sha256("".join(parts).encode()).hexdigest())
 """
 
@@ -176,17 +176,6 @@ def test_cloze(world: World) -> None:
         person = next(p for p in world.people if p.name in prefix)
         assert person.group == split
         assert answer.strip() in person.facts.values()
-
-
-@pytest.mark.parametrize(("words", "depth", "keys"), [(40, 0.0, 1), (400, 0.5, 3), (3000, 1.0, 2)])
-def test_passkey(world: World, words: int, depth: float, keys: int) -> None:
-    text, question, answer = world.passkey(words, depth, seed=9, keys=keys)
-    assert words <= len(text.split()) < words + 25
-    assert len(set(re.findall(r"\d{5}", text))) == keys
-    keeper = question.split("number of the ")[1].rstrip("?")
-    assert f"{keeper} is {answer}." in text
-    assert abs(text.index(answer) / len(text) - depth) < 0.3
-    assert world.passkey(words, depth, seed=10, keys=keys)[2] != answer
 
 
 def test_wordle_words_occur_in_the_text(world: World) -> None:

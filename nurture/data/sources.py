@@ -5,7 +5,7 @@ A source is written as one string:
     world:web                         documents of the embedded world (endless)
     world:tasks, world:tasks:fact,code   its tasks (all, or some kinds) with a demonstration (endless)
     world:people, world:people:fact   the same, demonstrated by people who are not always to the point (endless)
-    world:think, world:no_think:fact  the tasks in a mode of the chat template, with worked thoughts or without (endless)
+    world:think, world:no_think:fact  the tasks in a mode of the chat template, with worked thoughts or none (endless)
     corpus.jsonl, books/, src/**/*.py    files, folders and globs; .gz and .zst are unpacked on the way
     hf:org/name[:config[:split]]      a hub dataset, streamed
     stage:NAME[/FILE]                 in a recipe: what an earlier stage wrote, rows.jsonl if no file is named

@@ -47,7 +47,6 @@ from nurture.losses.policy import (
     adapt_kl_coefficient,
     clipped_value_losses,
     explained_variance,
-    sampling_correction,
 )
 from nurture.model.hugging_face import load_model
 from nurture.model.lora import adapters_off, add_adapters
@@ -69,8 +68,8 @@ from nurture.stages.rl import (
     Question,
     RLConfig,
     Sums,
-    correction_mode,
     learn,
+    old_logprobs,
     own_tokens,
     plan_rl_steps,
     play_rows,
@@ -362,21 +361,8 @@ def score(
         rollout.reward = proxy - config.missing_end_penalty * unfinished
         rollout.reward_parts = {"proxy": proxy}
     batch = collate(rollouts, session.tokenizer.pad_token_id)
-    mask, extra = batch.completion_mask, batch.extra
-    mode, sums = correction_mode(config, session.execution), Sums()
-    if mode is None:  # the engine's are the trainer's; that they are is measured in the first update
-        extra["old_logprobs"] = batch.logprobs
-    else:
-        (extra["old_logprobs"],) = score_rows(
-            batch,
-            config,
-            session.execution,
-            lambda part: [token_logprobs(models.policy, part, config.temperature)],
-        )
-        sums = sampling_mismatch(extra["old_logprobs"], batch)
-        extra["correction"] = sampling_correction(
-            extra["old_logprobs"], batch.logprobs, mask, mode, highest=config.correction_limit
-        )
+    extra = batch.extra
+    sums = old_logprobs(models.policy, batch, config, session.execution)
     with models.frozen_reference() as reference:
         (extra["reference_logprobs"],) = score_rows(
             batch,

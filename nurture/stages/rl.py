@@ -44,6 +44,7 @@ from nurture.losses.policy import (
     importance_terms,
     kl_k3,
     policy_token_losses,
+    sampling_correction,
     token_weights,
 )
 from nurture.model.parallel import whole_weights
@@ -52,7 +53,7 @@ from nurture.model.weights import empty_model
 from nurture.optim import Optimizer, OptimizerConfig, ScheduleConfig, learning_rate_factor
 from nurture.progress import progress_bar
 from nurture.recipe import Count
-from nurture.rollout import Rollout, RolloutBatch, Sampler, collect
+from nurture.rollout import Rollout, RolloutBatch, Sampler, collect, token_logprobs
 from nurture.runtime import Execution, ExecutionConfig, Processes, eager_blocks
 from nurture.stages.context import StageContext
 from nurture.stages.training import BUDGET_MARGIN, MOST_EVALUATIONS, Session, TrainingConfig
@@ -361,6 +362,27 @@ def correction_mode(config: RLConfig, execution: Execution) -> CorrectionMode | 
     return None if config.correction == "off" else config.correction
 
 
+def old_logprobs(policy: Transformer, batch: RolloutBatch, config: RLConfig, execution: Execution) -> Sums:
+    """Fill `extra["old_logprobs"]` and, where the engine is not quite the trainer, `extra["correction"]`.
+
+    Returns:
+        How far the two are apart, where it had to be computed; otherwise the engine's logprobs are the trainer's, and
+        that they are is measured in the first update.
+    """
+    mode = correction_mode(config, execution)
+    if mode is None:
+        batch.extra["old_logprobs"] = batch.logprobs
+        return {}
+    (old,) = score_rows(
+        batch, config, execution, lambda part: [token_logprobs(policy, part, config.temperature)]
+    )
+    batch.extra["old_logprobs"] = old
+    batch.extra["correction"] = sampling_correction(
+        old, batch.logprobs, batch.completion_mask, mode, highest=config.correction_limit
+    )
+    return sampling_mismatch(old, batch)
+
+
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
@@ -618,7 +640,7 @@ class PolicyEngine:
         """Prepare an engine; with several processes, a whole copy of the policy for it."""
         self._policy, self._execution = policy, execution
         self._copy = None
-        if execution.processes.world_size > 1:
+        if execution.processes.mesh is not None:
             self._copy = empty_model(policy.config, "lm", torch.float32, execution.device)
         dtype = torch.bfloat16 if precision == "bf16" else None
         self._engine = Engine(self._copy or policy, max_batch=max_batch, dtype=dtype)

@@ -1,0 +1,418 @@
+"""GRPO and its family: learn from rewards that a program can check, with a prompt's own completions as the baseline.
+
+Input: a model that answers, and something that pays: problems with answers, programs with tests, a game. Output: a
+model that is paid more often. Each prompt is answered `group_size` times; what a completion earned beyond the mean of
+its group is the credit of all its tokens, and the clipped loss of the configured kind (losses/policy.py) makes good
+ones likelier. There is no value model and, without `loss.kl_coefficient`, no reference.
+
+    prompts -> rollout -> score -> advantages -> train_step x epochs
+
+Groups whose rewards are all equal teach nothing. They are counted (`rl/zero_variance`); with `refills` they are
+replaced by other prompts' groups before the update (DAPO's dynamic sampling), as long as tries are left. A rollout that
+nothing could grade (`rl/ungraded`: the sandbox failed) is no zero: it enters neither mean nor loss.
+
+Main failure mode: nothing to learn from (`rl/zero_variance` near 1: too hard, too easy, or `rl/entropy` has fallen to
+0), and a reward that can be had without the skill: `won` is counted by the games themselves on held-out tasks.
+
+Sources: GRPO arXiv 2402.03300; Dr. GRPO 2503.20783; DAPO 2503.14476 (clip-higher, dynamic sampling, equation 13 for
+length); RLOO 2402.14740; REINFORCE++ 2501.03262; GSPO 2507.18071; the others are listed in losses/policy.py.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from nurture.advantages import (
+    AddUp,
+    RewardScale,
+    group_advantages,
+    leave_one_out,
+    overlong_penalty,
+    reinforce_plus_plus,
+    spread,
+    zero_variance_groups,
+)
+from nurture.environments.catalog import Make, environment_maker, kind_of
+from nurture.environments.wordle import Wordle, WordleConfig
+from nurture.errors import NurtureError
+from nurture.evals.measure import Measure, rate
+from nurture.evals.win_rate import mean
+from nurture.evals.wordle import wordle_card
+from nurture.inference.sampling import SamplingParams
+from nurture.losses.policy import KL_ESTIMATORS, PolicyLossConfig, row_count
+from nurture.model.hugging_face import load_model
+from nurture.model.lora import adapters_off
+from nurture.model.parallel import prepare
+from nurture.model.transformer import Transformer
+from nurture.rollout import Rollout, RolloutBatch, Sampler, collate, collect, token_logprobs
+from nurture.stages.context import StageContext
+from nurture.stages.rl import (
+    Learner,
+    Played,
+    PolicyEngine,
+    PolicyLoss,
+    PromptStream,
+    RLConfig,
+    Sums,
+    learn,
+    old_logprobs,
+    own_tokens,
+    plan_rl_steps,
+    play_rows,
+    read_prompts,
+    score_rows,
+    seed_of,
+    summed_over,
+)
+from nurture.stages.training import Session, open_session, remember, save_result_model, write_result
+from nurture.tokenizer import Tokenizer
+from nurture.world.split import split_of
+
+VERSION = 1
+
+_KL_IN_REWARD = ("rloo", "reinforce++")
+"""Losses whose papers take the KL from the reward; the others add it to the loss."""
+
+
+class Config(RLConfig):
+    """Settings of GRPO. Give `steps` or `minutes`."""
+
+    kind: Literal["grpo"] = "grpo"
+    data: dict[str, str] = {}
+    """Source name -> rows with an answer or tests. Games that bring their own tasks (wordle, openenv:URL) need none."""
+    env: str = "auto"
+    """What pays: auto (math, code or wordle, by the row), math, code, wordle, or openenv:URL."""
+    environment: dict[str, Any] = {}
+    """Settings of the environment, for example {reward: textarena}; with auto by the name of each."""
+    prompts_per_step: PositiveInt = 16
+    group_size: int = Field(default=8, ge=2)
+    """Completions of each prompt: each other's baseline."""
+    batch_size: PositiveInt = 128
+    max_turns: PositiveInt = 16
+    loss: PolicyLossConfig = PolicyLossConfig(loss_type="dapo", clip_high=0.28)
+    reward_scale: RewardScale = "group"
+    """Advantages are divided by the standard deviation of the rewards in the group, in the batch, or not at all (none:
+    Dr. GRPO)."""
+    refills: NonNegativeInt = 0
+    """Most times that groups of equal rewards are replaced by other prompts' before an update (DAPO)."""
+    overlong_cushion: NonNegativeInt = 0
+    """Tokens before `max_tokens` over which a turn's length costs up to 1 of the reward (DAPO: 4096 of 20480)."""
+    drop_truncated: bool = False
+    """Leave episodes that did not end by themselves out of the loss, instead of learning from their reward."""
+    heldout_temperature: NonNegativeFloat = 0.0
+    """Of the held-out measurement; 0 takes the likeliest reply. Wordle is always played at `temperature`."""
+
+
+def run(config: Config, context: StageContext) -> None:
+    """Train `context.start` on what its environment pays and leave the policy in `context.directory`."""
+    if context.start is None:
+        raise NurtureError(f"stage '{config.name}': GRPO needs a model that answers to start from.")
+    session = open_session(config, context, tokens=None)
+    make = environment_maker(config.env, config.environment)
+    stream = PromptStream(tasks_of(config, context, session.tokenizer, make, "train"), session.seed)
+    models = open_models(config, context, session)
+    exam = Exam(
+        config, session, models.engine, make, tasks_of(config, context, session.tokenizer, make, "heldout")
+    )
+    started = time.monotonic()
+    before = remember(context.directory, "before", lambda: exam.sit().measures)
+    evaluation_seconds = time.monotonic() - started
+    memory: dict[str, Any] = {}
+
+    def play(step: int) -> Played:
+        kept, all_played = sample(config, session, models.engine.now(), make, stream, step)
+        batch = to_batch(config, session.tokenizer, kept)
+        sums = credit(config, session, models, batch)
+        return Played(all_played, batch, sums | group_sums(kept, all_played))
+
+    latest: dict[int, Sitting] = {}
+
+    def evaluate(done: int) -> dict[str, float]:
+        latest.clear()
+        latest[done] = exam.sit()
+        return {f"eval/{name}": measure.value for name, measure in latest[done].measures.items()}
+
+    steps = plan_rl_steps(config, context, session, models.learners, play, memory, evaluation_seconds)
+    done = learn(
+        config, context, models.learners, session.execution,
+        seed=session.seed, steps=steps, play=play, memory=memory,
+        evaluate=evaluate,
+    )  # fmt: skip
+    sitting = latest.get(done) if config.loop.average is None else None
+    sitting = sitting or exam.sit()
+    policy = session.whole()
+    if policy is None:
+        return
+    save_result_model(policy, session.tokenizer, context.directory, answers=True)
+    write_result(
+        context.directory,
+        tokens=models.learners["policy"].progress.tokens.get("completions", 0),
+        before=before,
+        after=sitting.measures,
+        samples=sitting.samples,
+        notes={"steps": done, "epochs": round(stream.epochs(done, config.prompts_per_step), 3)},
+    )
+
+
+# --- what is played -------------------------------------------------------------------------------------------------
+
+
+def tasks_of(
+    config: Config,
+    context: StageContext,
+    tokenizer: Tokenizer,
+    make: Make,
+    split: Literal["train", "heldout"],
+) -> list[Any]:
+    """Return what the environments are reset with: rows, Wordle's secret words, or None where the seed decides.
+
+    Raises:
+        NurtureError: there is nothing to play.
+    """
+    if config.data:
+        return list(read_prompts(config, config.data, context, tokenizer, split))
+    game = make()
+    if isinstance(game, Wordle):
+        words = [word for word in game.answers if split_of("wordle", word) == split]
+        if not words:
+            raise NurtureError(
+                f"stage '{config.name}': no {split} word is left of {len(game.answers)} answers."
+            )
+        return words
+    if config.env.startswith("openenv:"):
+        return [None] * (config.heldout_prompts if split == "heldout" else config.prompts)
+    raise NurtureError(f"stage '{config.name}': env '{config.env}' needs data: rows with an answer or tests.")
+
+
+def sample(
+    config: Config, session: Session, sampler: Sampler, make: Make, stream: PromptStream, step: int
+) -> tuple[list[Rollout], list[Rollout]]:
+    """Play this process's share of a step's prompts.
+
+    Returns:
+        What to train on, and all that was played: with `refills`, groups of equal rewards are in the second alone (but
+        where several processes share a batch, some fill up the first, so that all have as many rows).
+    """
+    processes = session.execution.processes
+    played: list[Rollout] = []
+    useful: list[list[Rollout]] = []
+    useless: list[list[Rollout]] = []
+    share = len(range(processes.rank, config.prompts_per_step, processes.world_size))
+    for attempt in range(config.refills + 1):
+        tasks = stream(step, config.prompts_per_step, attempt)[processes.rank :: processes.world_size]
+        seed = seed_of(session.seed, step, processes.rank, attempt)
+        rollouts = play_rows(
+            config, sampler, session.tokenizer, make, tasks[: share - len(useful)], seed, config.group_size
+        )
+        pay(config, rollouts)
+        for first in range(0, len(rollouts), config.group_size):
+            group = rollouts[first : first + config.group_size]
+            for rollout in group:
+                rollout.group = len(played) // config.group_size
+            played += group
+            (useless if config.refills and equal_rewards(group) else useful).append(group)
+        if len(useful) >= share:
+            break
+    if processes.world_size > 1 or not useful:
+        useful += useless[: max(share - len(useful), 0)]
+    return [rollout for group in useful for rollout in group], played
+
+
+def pay(config: Config, rollouts: Sequence[Rollout]) -> None:
+    """Settle rewards: what could not be graded has none (NaN), what is nearly too long has less."""
+    for rollout in rollouts:
+        if rollout.info.get("grader_error"):
+            rollout.reward = math.nan
+    if config.overlong_cushion:
+        lengths = torch.tensor([len(own_tokens(rollout)) / max(rollout.turns, 1) for rollout in rollouts])
+        penalties = overlong_penalty(lengths, config.max_tokens, config.overlong_cushion).tolist()
+        for rollout, penalty in zip(rollouts, penalties, strict=True):
+            rollout.reward += penalty
+            rollout.reward_parts = {**rollout.reward_parts, "overlong": penalty}
+
+
+def equal_rewards(group: Sequence[Rollout]) -> bool:
+    """Return whether a group teaches nothing."""
+    rewards = torch.tensor([rollout.reward for rollout in group])
+    return bool(zero_variance_groups(rewards, torch.zeros(len(group), dtype=torch.int64))[0])
+
+
+def group_sums(kept: Sequence[Rollout], played: Sequence[Rollout]) -> Sums:
+    """Return how many groups taught nothing, how many of these were won by all, how many are trained on, and wins."""
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in played:
+        groups.setdefault(rollout.group, []).append(rollout)
+    equal = [group for group in groups.values() if equal_rewards(group)]
+    solved = [group for group in equal if all(rollout.info.get("won") for rollout in group)]
+    count = float(len(groups))
+    return {
+        "zero_variance": (float(len(equal)), count),
+        "solved": (float(len(solved)), count),
+        "kept": (float(len({rollout.group for rollout in kept})), count),
+        "won": (float(sum(bool(r.info.get("won")) for r in played)), float(len(played))),
+    }
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Models:
+    """The policy in training, its engine, and the reference (None without KL; with adapters, the policy less them)."""
+
+    policy: Transformer
+    engine: PolicyEngine
+    learners: dict[str, Learner]
+    reference: Transformer | None = None
+
+
+def open_models(config: Config, context: StageContext, session: Session) -> Models:
+    """Put together what is trained, and load the reference where a KL to it is wanted."""
+    assert context.start is not None
+    engine = PolicyEngine(session.model, session.execution, config.rollout_precision)
+    loss = PolicyLoss(config.loss, config.temperature)
+    learner = Learner(session.model, session.optimizer, loss, config.optimizer.clip_norm)
+    reference = None
+    if config.loss.kl_coefficient > 0 and config.lora is None:
+        reference = prepare(load_model(context.start), session.execution).requires_grad_(False).eval()
+    return Models(session.model, engine, {"policy": learner}, reference)
+
+
+def to_batch(config: Config, tokenizer: Tokenizer, rollouts: Sequence[Rollout]) -> RolloutBatch:
+    """Lay the rollouts out, without the tokens that are not to be learned from, and say how the loss averages them."""
+    batch = collate(rollouts, tokenizer.pad_token_id)
+    batch.row_count = row_count(config.loss.loss_type, config.max_tokens)
+    left_out = batch.rewards.isnan()
+    if config.drop_truncated:
+        left_out |= torch.tensor([rollout.finished != "stop" for rollout in rollouts])
+    batch.completion_mask[left_out] = False
+    return batch
+
+
+def credit(config: Config, session: Session, models: Models, batch: RolloutBatch) -> Sums:
+    """Fill `batch.extra`: advantages (B, T), and the old and reference logprobs that the loss needs."""
+    sums = old_logprobs(models.policy, batch, config, session.execution)
+    mask, extra, loss = batch.completion_mask, batch.extra, config.loss
+    token_kl = torch.zeros_like(batch.logprobs)
+    if loss.kl_coefficient > 0:
+        off = adapters_off(models.policy) if models.reference is None else nullcontext(models.reference)
+        with off as reference:
+            (reference_logprobs,) = score_rows(
+                batch,
+                config,
+                session.execution,
+                lambda part: [token_logprobs(reference, part, config.temperature)],
+            )
+        token_kl = KL_ESTIMATORS[loss.kl_estimator](extra["old_logprobs"], reference_logprobs) * mask
+        sums["kl"] = (float(token_kl.sum()), float(len(batch.rewards)))
+        if loss.loss_type not in _KL_IN_REWARD:
+            extra["reference_logprobs"] = reference_logprobs
+    add_up = summed_over(session.execution.processes)
+    extra["advantages"] = advantages(config, batch.rewards, batch.groups, token_kl, mask, add_up)
+    return sums
+
+
+def advantages(
+    config: Config, rewards: Tensor, groups: Tensor, token_kl: Tensor, completion_mask: Tensor, add_up: AddUp
+) -> Tensor:
+    """Return the credit of every token, (B, T), in the way that belongs to the loss.
+
+    Args:
+        rewards: (B,), NaN where nothing could grade the rollout.
+        groups: (B,) int64.
+        token_kl: (B, T) nats against the reference; zeros without one.
+    """
+    coefficient = config.loss.kl_coefficient
+    if config.loss.loss_type == "reinforce++":
+        return reinforce_plus_plus(rewards, token_kl, completion_mask, coefficient, groups, add_up=add_up)
+    if config.loss.loss_type == "rloo":
+        return spread(leave_one_out(rewards - coefficient * token_kl.sum(1), groups), completion_mask)
+    return spread(group_advantages(rewards, groups, config.reward_scale, add_up=add_up), completion_mask)
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sitting:
+    """What the held-out tasks gave."""
+
+    measures: dict[str, Measure] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Exam:
+    """The held-out tasks, always with the same seeds, so that two sittings differ by the policy alone."""
+
+    def __init__(
+        self, config: Config, session: Session, engine: PolicyEngine, make: Make, tasks: Sequence[Any]
+    ) -> None:
+        """Sort the tasks by what they measure: math, code, wordle, or the environment's own reward."""
+        self.config, self.session, self.engine, self.make = config, session, engine, make
+        self.tasks: dict[str, list[Any]] = {}
+        for task in tasks:
+            name = kind_of(task) if config.env == "auto" else config.env.partition(":")[0]
+            self.tasks.setdefault(name, []).append(task)
+
+    def sit(self) -> Sitting:
+        """Play them all with the policy as it is."""
+        sampler, sitting = self.engine.now(), Sitting()
+        for name, tasks in self.tasks.items():
+            measures, rollouts = (
+                self._wordle(sampler, tasks) if name == "wordle" else self._tasks(sampler, name, tasks)
+            )
+            sitting.measures |= measures
+            sitting.samples += [
+                {
+                    "task": name,
+                    "prompt": rollout.messages[0].get("content", "") if rollout.messages else "",
+                    "reply": "\n".join(str(turn.get("content", "")) for turn in rollout.messages[1:]),
+                    "reward": None if math.isnan(rollout.reward) else round(rollout.reward, 4),
+                    "finished": rollout.finished,
+                }
+                for rollout in rollouts[:12]
+            ]
+        return sitting
+
+    def _tasks(
+        self, sampler: Sampler, name: str, tasks: Sequence[Any]
+    ) -> tuple[dict[str, Measure], list[Rollout]]:
+        config = self.config
+        rollouts = collect(
+            sampler,
+            self.session.tokenizer,
+            self.make,
+            tasks,
+            params=SamplingParams(max_tokens=config.max_tokens, temperature=config.heldout_temperature),
+            max_turns=config.max_turns,
+            max_length=config.sequence_length,
+            template_kwargs=config.template_kwargs,
+        )
+        graded = [rollout for rollout in rollouts if not rollout.info.get("grader_error")]
+        measures = {name: rate([bool(rollout.info.get("won")) for rollout in graded])}
+        if name not in ("math", "code"):
+            measures |= {f"{name}_reward": mean([rollout.reward for rollout in graded] or [0.0])}
+        return measures, rollouts
+
+    def _wordle(self, sampler: Sampler, tasks: Sequence[Any]) -> tuple[dict[str, Measure], list[Rollout]]:
+        config = self.config
+        settings = config.environment if config.env == "wordle" else config.environment.get("wordle", {})
+        words = dict.fromkeys(task if isinstance(task, str) else task.answer for task in tasks)
+        return wordle_card(
+            sampler,
+            self.session.tokenizer,
+            config=WordleConfig(**settings),
+            words=tuple(words),
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            max_length=config.sequence_length,
+        )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from nurture.errors import NurtureError, did_you_mean
 
@@ -100,6 +100,9 @@ Count = Annotated[int, BeforeValidator(parse_count)]
 
 Minutes = Annotated[float, BeforeValidator(parse_minutes)]
 """A duration in minutes that may be written `90s`, `10m` or `2h`."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A part of a whole."""
 
 
 # --- documents ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -45,6 +45,7 @@ from nurture.files import make_directory
 from nurture.model import merging
 from nurture.model.hugging_face import load_model, load_tokenizer, save_config
 from nurture.model.transformer import Transformer
+from nurture.recipe import Share
 from nurture.runtime import ExecutionConfig, decide_execution, join_processes
 from nurture.stages.context import StageConfig, StageContext
 from nurture.stages.training import remember, write_result
@@ -58,8 +59,6 @@ VERSION = 1
 
 _SELECTION = 5_000
 """Held-out prompts that choose the share start here; the result is measured on the first ones."""
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Config(StageConfig):

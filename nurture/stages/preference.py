@@ -33,7 +33,7 @@ from torch import nn
 
 from nurture.data.preference import Preference, PreferenceBatches, tokenise_judged, tokenise_preferences
 from nurture.data.rows import Row
-from nurture.data.sources import is_endless, make_world, read_rows
+from nurture.data.sources import is_endless, make_world, read_rows, thinned
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, rate, wilson
 from nurture.evals.replies import Reply, ask
@@ -53,7 +53,7 @@ from nurture.model.hugging_face import load_model
 from nurture.model.parallel import prepare
 from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, ScheduleConfig
-from nurture.recipe import Count
+from nurture.recipe import Count, Share
 from nurture.rewards.learned import load_reward_model, score_replies
 from nurture.runtime import eager_blocks
 from nurture.stages.context import StageContext
@@ -83,6 +83,8 @@ class Config(TrainingConfig):
     kind: Literal["preference", "dpo"] = "preference"
     data: dict[str, str]
     """Source name -> where its preferences come from."""
+    shares: dict[str, Share] = {}
+    """Part of a source's rows that is used, where it is not all of them."""
     rows: Count = Field(default=100_000, gt=0)
     """Most rows taken from each source."""
     heldout_rows: PositiveInt = 200
@@ -123,6 +125,12 @@ class Config(TrainingConfig):
     sequence_length: PositiveInt = 768
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, weight_decay=0.0)
     schedule: ScheduleConfig = ScheduleConfig(kind="cosine", warmup=0.1, final=0.1)
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Config:
+        if unknown := set(self.shares) - set(self.data):
+            raise ValueError(f"shares names '{sorted(unknown)[0]}', which is no source of data")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -227,6 +235,8 @@ def _rows(
             " ranked first (kind: reward writes comparisons.jsonl) or written by two models (kind: synthesize)."
         )
     rows = read_rows(spec, split=split, base=context.base, heldout_every=config.heldout_every)
+    if name in config.shares:
+        rows = thinned(rows, config.shares[name])
     return islice(rows, config.rows if split == "train" else config.heldout_rows)
 
 

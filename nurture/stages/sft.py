@@ -24,7 +24,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from nurture.data.packing import Conversation, ConversationBatches, tokenise_conversations
 from nurture.data.rows import Row
-from nurture.data.sources import is_endless, make_world, read_rows, task_kinds, voice_of
+from nurture.data.sources import is_endless, make_world, read_rows, task_kinds, thinned, voice_of
 from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure, rate
@@ -34,7 +34,7 @@ from nurture.losses.language import LanguageLoss
 from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, ScheduleConfig
 from nurture.progress import progress_bar
-from nurture.recipe import Count
+from nurture.recipe import Count, Share
 from nurture.stages.context import StageContext
 from nurture.stages.training import (
     TrainingConfig,
@@ -58,6 +58,8 @@ class Config(TrainingConfig):
     kind: Literal["sft", "reason"] = "sft"
     data: dict[str, str]
     """Source name -> where its conversations come from (files, globs, `world:tasks`, `hf:NAME`)."""
+    shares: dict[str, Share] = {}
+    """Part of a source's rows that is used, where it is not all of them."""
     epochs: PositiveFloat = 2.0
     """Times every conversation is seen, unless `steps` or `minutes` say otherwise."""
     conversations: Count = Field(default=4000, gt=0)
@@ -75,6 +77,12 @@ class Config(TrainingConfig):
     """Longest reply when the model is asked."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
     schedule: ScheduleConfig = ScheduleConfig(kind="cosine", warmup=0.03, final=0.1)
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Config:
+        if unknown := set(self.shares) - set(self.data):
+            raise ValueError(f"shares names '{sorted(unknown)[0]}', which is no source of data")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -169,6 +177,8 @@ def _rows(
     rows = read_rows(
         spec, split=split, base=context.base, heldout_every=config.heldout_every, world=context.world
     )
+    if name in config.shares:
+        rows = thinned(rows, config.shares[name])
     if split == "heldout":
         return islice(rows, config.heldout_conversations)
     return islice(rows, config.conversations) if is_endless(spec) else rows

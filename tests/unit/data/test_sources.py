@@ -308,3 +308,13 @@ def test_only_what_is_worked_out_has_thoughts():
     assert all(row.messages[-1]["reasoning_content"] for row in rows), "no first guess of a game"
     with pytest.raises(NurtureError, match="nothing to work out in 'story'"):
         next(read_rows("world:think:fact,story", world=world))
+
+
+def test_a_share_of_the_rows_is_the_same_every_time():
+    rows = [Row(text=f"row {number}") for number in range(4000)]
+    kept = list(sources.thinned(rows, 0.3))
+    assert kept == list(sources.thinned(iter(rows), 0.3))
+    assert 0.27 < len(kept) / len(rows) < 0.33
+    fewer = sources.thinned(rows, 0.1)
+    assert set(map(id, fewer)) < set(map(id, kept)), "a smaller share is part of a larger one"
+    assert list(sources.thinned(rows, 1.0)) == rows

@@ -100,9 +100,16 @@ def pairs_of(comparison: Comparison, *, ties: bool = True) -> list[Pair]:
 
 
 def tokenise_comparisons(
-    rows: Iterable[Row], tokenizer: Tokenizer, source: str = "comparisons"
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    source: str = "comparisons",
+    *,
+    prompt_tokens: int | None = None,
 ) -> Iterator[Comparison]:
     """Yield the ranked rows as tokens; rows without a ranking are passed over.
+
+    Args:
+        prompt_tokens: of a longer prompt the last so many are kept: the end of a conversation is what is answered.
 
     Raises:
         NurtureError: no row has a ranking.
@@ -117,8 +124,10 @@ def tokenise_comparisons(
             encode_reply(tokenizer, row.prompt, reply, **row.template_kwargs) for reply in row.responses
         ]
         prompt = len(tokenizer.encode_prompt(row.prompt, **row.template_kwargs))
+        cut = max(0, prompt - prompt_tokens) if prompt_tokens else 0
         ratings = tuple(map(float, row.metadata.get("ratings") or ()))
-        yield Comparison(tuple(e.token_ids for e in encoded), prompt, row.ranking, ratings, source)
+        answers = tuple(e.token_ids[cut:] for e in encoded)
+        yield Comparison(answers, prompt - cut, row.ranking, ratings, source)
     if not found:
         raise NurtureError(
             f"{source}: {seen} rows, but none with ranked answers; a reward model needs prompt/chosen/rejected,"

@@ -1,12 +1,12 @@
 """The reward model's report card, on held-out comparisons: is it good enough to be trained against?
 
-`pair_accuracy` is the share of ordered pairs on which the reward model sides with the labeler. Labelers err, so it
-cannot reach 1: `pair_ceiling` is what the gold reward itself scores against the same labels (equal golds count half),
-where gold is known. `tie_accuracy` shows a tied and an ordered pair and asks which is the tie, the one with the smaller
-difference of rewards (chance 1/2); `tie_ceiling` is gold's. `calibration_error` is the mean distance between what the
-model gives as the probability that the first answer is preferred and how often it is. Length is what reward models are
-fooled by: `longer_preferred` is how often the longer of two answers has the higher reward, to be read beside how often
-the labelers preferred it.
+`pair_accuracy` is the share of ordered pairs on which the reward model sides with the labeler (`pair_accuracy/SOURCE`
+where there are several). Labelers err, so it cannot reach 1: `pair_ceiling` is what the gold reward itself scores
+against the same labels (equal golds count half), where gold is known. `tie_accuracy` shows a tied and an ordered pair
+and asks which is the tie, the one with the smaller difference of rewards (chance 1/2); `tie_ceiling` is gold's.
+`calibration_error` is the mean distance between what the model gives as the probability that the first answer is
+preferred and how often it is. Length is what reward models are fooled by: `longer_preferred` is how often the longer of
+two answers has the higher reward, to be read beside how often the labelers preferred it.
 
 Pairs of a prompt share answers and are not independent: intervals are from resampling prompts, not pairs.
 
@@ -87,6 +87,9 @@ def reward_card(
             )
 
     add("pair_accuracy", _sides_with(pairs.difference), ordered)
+    source_of = np.array([comparison.source for comparison in comparisons])[pairs.comparison]
+    for source in sources if len(sources := dict.fromkeys(source_of.tolist())) > 1 else ():
+        add(f"pair_accuracy/{source}", _sides_with(pairs.difference), ordered & (source_of == source))
     if pairs.gold is not None:
         add("pair_ceiling", _sides_with(pairs.gold), ordered)
         known = pairs.gold != 0

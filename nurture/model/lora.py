@@ -12,6 +12,7 @@ Source: Hu et al., arXiv 2106.09685, section 4.1.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
@@ -35,6 +36,8 @@ class LoraConfig(Section):
     """The correction is scaled by alpha / rank, so that a good learning rate does not depend on the rank."""
     targets: tuple[Literal["qkv", "out", "gate_up", "down"], ...] = ("qkv", "out", "gate_up", "down")
     """Matrices of each block that get an adapter."""
+    layers: PositiveInt | None = None
+    """Only the last so many blocks get adapters, and the gradient stops there; by default all do."""
 
 
 class Adapter(nn.Module):
@@ -61,12 +64,20 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
     The head's adapter is a full correction (its rank is 1 anyhow), so that `adapters_off` restores it too.
     """
     model.requires_grad_(False)
+    blocks = 1 + max(map(_block_of, dict(model.named_modules())))
+    first = blocks - min(config.layers or blocks, blocks)
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
-        inside = "blocks." in name and name.rsplit(".", 1)[-1] in config.targets
+        inside = _block_of(name) >= first and name.rsplit(".", 1)[-1] in config.targets
         if inside or module.out_features == 1:
             parametrize.register_parametrization(module, "weight", Adapter(module.weight, config))
+
+
+def _block_of(name: str) -> int:
+    """Return the number of the block that a module of this name is in, -1 where it is in none."""
+    found = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
+    return int(found[1]) if found else -1
 
 
 def adapters(model: nn.Module) -> list[Adapter]:

@@ -43,7 +43,7 @@ from nurture.evals.best_of_n import best_of_n_curve
 from nurture.evals.reward_card import RewardCard, reward_card
 from nurture.files import atomic_write_text
 from nurture.losses.reward import RewardLoss, TieModel, fit_tie_threshold
-from nurture.model.hugging_face import load_model
+from nurture.model.hugging_face import checkpoint_head, load_model
 from nurture.optim import OptimizerConfig, ScheduleConfig
 from nurture.recipe import Count, Section
 from nurture.rewards.candidates import Candidate, distinct, sample_candidates, written_candidate
@@ -66,12 +66,16 @@ from nurture.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 
 _FIRST_TASK = 10_000
 """Where the world's tasks are read from: demonstrations of earlier ones were learned by heart in fine-tuning."""
 _CALIBRATION = 400
-"""Comparisons that the labeler and the tie threshold are calibrated on."""
+"""Comparisons that the labeler is calibrated on."""
+_PROGRESS, _EVALUATIONS = 100, 5
+"""Held-out comparisons of an evaluation during training, and how many such there are; the last one is of all."""
+_SCALE_SAMPLE = 200
+"""Comparisons that the tie threshold is fitted on, and demonstrations that have mean reward 0."""
 
 
 class LabelerConfig(Section):
@@ -99,6 +103,8 @@ class Config(TrainingConfig):
     """One row in so many is held out, chosen by a hash of what it asks."""
     epochs: PositiveFloat = 1.0
     """Times every comparison is seen, unless `steps` or `minutes` say otherwise."""
+    prompt_tokens: PositiveInt | None = None
+    """Of longer prompts of ranked rows the last so many tokens are kept; by default all."""
 
     answers: int = Field(default=6, ge=2, le=9)
     """Answers to a prompt that are ranked (InstructGPT: 4 to 9), before equal ones are dropped."""
@@ -161,6 +167,11 @@ class Collected:
     records: list[dict[str, Any] | None] = field(default_factory=list)
     demonstrations: list[list[int]] = field(default_factory=list)
 
+    def some(self, count: int) -> Collected:
+        """Return about `count` of the comparisons, evenly from all of them."""
+        every = max(1, len(self.comparisons) // count)
+        return Collected(self.comparisons[::every], self.golds[::every], self.records[::every])
+
     def known(self) -> list[tuple[float, ...]]:
         """Return the gold rewards where they are known."""
         return [gold for gold in self.golds if gold is not None]
@@ -172,9 +183,13 @@ def run(config: Config, context: StageContext) -> None:
         raise NurtureError(f"stage '{config.name}': a reward model needs a model to start from.")
     session = open_session(config, context, tokens=None, head="scalar")
     session.tokenizer = session.tokenizer.for_chat()
+    is_fresh = checkpoint_head(context.start) != "scalar"
+    if is_fresh:
+        _flatten_head(session)
     training = collect(config, context, session, "train")
     labeler = _labeler(config, training.known())
     heldout = collect(config, context, session, "heldout", labeler)
+    few = heldout.some(_PROGRESS)
     batches = ComparisonBatches(
         training.comparisons,
         batch_size=config.batch_size,
@@ -185,20 +200,27 @@ def run(config: Config, context: StageContext) -> None:
     )
     log.info("%s", batches.report)
 
-    def card(threshold: float) -> RewardCard:
-        rewards = _answer_values(config, session, heldout.comparisons)
-        return _card(config, heldout, rewards, threshold)
+    def card(threshold: float, measured: Collected = heldout) -> RewardCard:
+        return _card(config, measured, _answer_values(config, session, measured.comparisons), threshold)
 
     def progress() -> dict[str, float]:
-        measures = card(config.tie_threshold).measures
+        measures = card(config.tie_threshold, few).measures
         return {
             f"eval/{name}": measures[name].value
             for name in ("pair_accuracy", "tie_accuracy")
             if name in measures
         }
 
+    def before_training() -> RewardCard:
+        if not is_fresh:
+            return card(config.tie_threshold)
+        indifferent = [[0.0] * len(comparison.answers) for comparison in heldout.comparisons]
+        return _card(config, heldout, indifferent, config.tie_threshold)
+
+    before = remember(context.directory, "before", lambda: before_training().measures)
     started = time.monotonic()
-    before = remember(context.directory, "before", lambda: card(config.tie_threshold).measures)
+    if config.minutes is not None:
+        progress()
     loss_fn = RewardLoss(config.ties, config.tie_threshold, config.margin, config.centring)
     steps = plan_steps(
         config,
@@ -209,10 +231,14 @@ def run(config: Config, context: StageContext) -> None:
         default_steps=batches.steps(config.epochs) if config.steps is None else None,
         evaluation_seconds=time.monotonic() - started,
     )
+    session.evaluations = min(session.evaluations, _EVALUATIONS)
     report = train(config, context, session, batches, loss_fn, steps, progress)
     session.model.eval()
     threshold = _fitted_threshold(config, session, training.comparisons)
-    offset = float(_values(config, session, training.demonstrations).mean())
+    some = Random(session.seed).sample(
+        training.demonstrations, min(_SCALE_SAMPLE, len(training.demonstrations))
+    )
+    offset = float(_values(config, session, some).mean())
     after = card(threshold)
     model = session.whole()
     if model is None:
@@ -235,6 +261,14 @@ def run(config: Config, context: StageContext) -> None:
             "best_of_n": _best_of_n(config, context, reward_model),
         },
     )
+
+
+@torch.no_grad()
+def _flatten_head(session: Session) -> None:
+    """Start a fresh head at 0: a random one is noise that a small set of comparisons must first undo."""
+    for name, parameter in session.model.named_parameters():
+        if name in ("output.weight", "output.parametrizations.weight.original"):
+            parameter.zero_()
 
 
 # ---- comparisons ------------------------------------------------------------------------------------------------
@@ -267,7 +301,9 @@ def collect(
             )
         if any(row.ranking for row in rows):
             rows = join_pairs(rows, name)
-            found = list(tokenise_comparisons(rows, session.tokenizer, name))
+            found = list(
+                tokenise_comparisons(rows, session.tokenizer, name, prompt_tokens=config.prompt_tokens)
+            )
             collected.comparisons += found
             collected.golds += [None] * len(found)
             collected.records += [None] * len(found)
@@ -467,7 +503,7 @@ def _card(config: Config, heldout: Collected, rewards: list[list[float]], thresh
 
 def _fitted_threshold(config: Config, session: Session, comparisons: Sequence[Comparison]) -> float:
     """Return the tie threshold that makes the training labels likeliest at the rewards as they are now."""
-    some = comparisons[:_CALIBRATION]
+    some = Random(session.seed).sample(list(comparisons), min(_SCALE_SAMPLE, len(comparisons)))
     differences, tied = list[float](), list[bool]()
     for comparison, values in zip(some, _answer_values(config, session, some), strict=True):
         for pair in pairs_of(comparison):

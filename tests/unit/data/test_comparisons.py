@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nurture.data.comparisons import Comparison, ComparisonBatches, pairs_of
+from nurture.data.comparisons import Comparison, ComparisonBatches, pairs_of, tokenise_comparisons
 from nurture.data.rankings import agreement, comparison_record, join_pairs, pair_records
 from nurture.data.rows import parse_ranking, parse_row, ranking_text
 from nurture.errors import NurtureError
@@ -41,6 +41,23 @@ def test_contradicting_pairs_are_named():
 def test_agreement_by_hand():
     one, other = parse_ranking("A > B > C", 3, "f"), parse_ranking("B > A > C", 3, "f")
     assert agreement([(one, other)]).ordered == pytest.approx(2 / 3)
+
+
+def test_of_a_long_prompt_the_end_is_kept():
+    class Letters:
+        """A token a character."""
+
+        def encode_prompt(self, turns, **_):
+            return [ord(c) for c in turns[0]["content"]]
+
+        def encode_conversation(self, turns, **_):
+            prompt, reply = self.encode_prompt(turns), [ord(c) for c in turns[-1]["content"]]
+            return prompt + reply, [False] * len(prompt) + [True] * len(reply)
+
+    row = parse_row({"prompt": "abcdef", "responses": ["x", "yz"], "ranking": "A > B"}, "f:1")
+    whole, cut = (next(iter(tokenise_comparisons([row], Letters(), prompt_tokens=n))) for n in (None, 2))
+    assert (whole.prompt_tokens, cut.prompt_tokens) == (6, 2)
+    assert ["".join(map(chr, answer)) for answer in cut.answers] == ["efx", "efyz"]
 
 
 def test_every_prompt_weighs_the_same_in_any_split():

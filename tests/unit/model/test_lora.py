@@ -70,6 +70,18 @@ def test_only_adapters_are_trained() -> None:
             assert torch.equal(parameter, frozen[name])
 
 
+def test_with_few_layers_the_gradient_stops_below_them() -> None:
+    model = Transformer(CONFIG, "scalar")
+    add_adapters(model, LoraConfig(rank=4, layers=1))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(names) == 10
+    assert all(name.startswith(("blocks.1.", "output.")) for name in names)
+    below: list[torch.Tensor] = []
+    model.blocks[0].register_forward_hook(lambda *called: below.append(called[2]))
+    assert model(TOKENS).requires_grad
+    assert not below[0].requires_grad
+
+
 def test_the_merged_model_says_the_same() -> None:
     model, _ = adapted()
     merged = whole_model(model, decide_execution(ExecutionConfig(precision="fp32")))

@@ -68,7 +68,8 @@ def save_state(
     with _clear_checkpoint_errors(temporary):
         dcp.save(_state(model, optimizer, averages), checkpoint_id=temporary)
         if processes.is_main:
-            atomic_write_json(temporary / "progress.json", {"step": step, **progress})
+            facts = {"step": step, "tensor_parallel": processes.tensor_parallel}
+            atomic_write_json(temporary / "progress.json", {**facts, **progress})
             write_manifest(temporary)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
@@ -88,10 +89,22 @@ def load_state(
     """Load the newest whole state into model, optimizer and averages; return its progress, or None if there is none.
 
     A state whose files do not match its manifest is passed over, with a warning that names the file.
+
+    Raises:
+        NurtureError: the state was written with another `execution.tensor_parallel`.
     """
     chosen = processes.agree(_newest_whole(directory) if processes.is_main else None)
     if chosen is None:
         return None
+    progress: dict[str, Any] = read_json(
+        chosen / "progress.json", "Delete this folder to use the one before it."
+    )
+    parts = progress.pop("tensor_parallel", 1)
+    if parts != processes.tensor_parallel:  # the rows of fused matrices lie otherwise
+        raise NurtureError(
+            f"{chosen} was written with execution.tensor_parallel={parts}, now it is {processes.tensor_parallel}. "
+            f"Set it back to resume (the number of processes may be another), or delete {directory} to start anew."
+        )
     state = _state(model, optimizer, averages)
     with _quiet():
         dcp.load(state, checkpoint_id=chosen)
@@ -100,9 +113,6 @@ def load_state(
     )
     for name, tensor in state.get("averages", {}).items():
         averages[name].copy_(tensor)
-    progress: dict[str, Any] = read_json(
-        chosen / "progress.json", "Delete this folder to use the one before it."
-    )
     return progress
 
 

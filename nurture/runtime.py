@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import PositiveInt
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nurture.errors import NurtureError
 from nurture.files import atomic_write_text, clear_disk_errors, make_directory, whole_json_lines
@@ -44,26 +45,38 @@ class ExecutionConfig(Section):
     """Recompute each block in the backward pass: less memory, a third more time."""
     microbatch_tokens: PositiveInt = 8192
     """Tokens one forward pass holds at once, per process; larger batches are accumulated."""
+    tensor_parallel: PositiveInt = 1
+    """Processes that hold a part of every matrix each and work on the same rows together; for `torchrun`."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those that train together."""
+    """This process's place among those that train together.
+
+    Attributes:
+        rank: among the processes that have different rows of a batch.
+        world_size: how many those are.
+        tensor_parallel: how many processes share the same rows, each with a part of every matrix.
+        mesh: (world_size, tensor_parallel) devices, named "rows" and "tensor"; None for a process alone.
+        is_main: whether this process writes files and talks to the user.
+    """
 
     rank: int = 0
     world_size: int = 1
+    tensor_parallel: int = 1
+    mesh: DeviceMesh | None = None
+    is_main: bool = True
 
     @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and talks to the user."""
-        return self.rank == 0
+    def _rows(self) -> dist.ProcessGroup | None:
+        return None if self.mesh is None else self.mesh["rows"].get_group()
 
     def sum(self, values: Mapping[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
         """Return the (sum, count) pairs added up over all processes; keys may differ between them."""
         if self.world_size == 1:
             return dict(values)
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, dict(values))
+        dist.all_gather_object(gathered, dict(values), group=self._rows)
         total: dict[str, tuple[float, float]] = {}
         for part in gathered:
             for key, (amount, count) in part.items():
@@ -76,12 +89,12 @@ class Processes:
         if self.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self._rows)
         return float(tensor)
 
     def agree(self, value: Any) -> Any:
         """Return the main process's `value` in every process."""
-        if self.world_size == 1:
+        if self.mesh is None:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0)
@@ -89,7 +102,7 @@ class Processes:
 
     def wait(self) -> None:
         """Return once every process has come here."""
-        if self.world_size > 1:
+        if self.mesh is not None:
             dist.barrier()
 
 
@@ -117,7 +130,7 @@ def decide_execution(config: ExecutionConfig, flops: float = 0.0) -> Execution:
         config: what the recipe asks for.
         flops: floating-point operations the stage will take in all, for `compile: auto`.
     """
-    processes = join_processes()
+    processes = join_processes(config.tensor_parallel)
     tune_machine()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -132,14 +145,32 @@ def decide_execution(config: ExecutionConfig, flops: float = 0.0) -> Execution:
     )
 
 
-def join_processes() -> Processes:
-    """Join the process group if torchrun started this process, and return our place in it."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+def join_processes(tensor_parallel: int = 1) -> Processes:
+    """Join the process group if torchrun started this process, and return our place in it.
+
+    Raises:
+        NurtureError: the processes cannot be divided into groups of `tensor_parallel`.
+    """
+    everyone = int(os.environ.get("WORLD_SIZE", "1"))
+    if everyone % tensor_parallel:
+        raise NurtureError(
+            f"execution.tensor_parallel is {tensor_parallel}, which does not divide the {everyone} processes; start "
+            f"a multiple of {tensor_parallel} with `torchrun --nproc-per-node=N -m nurture ...`."
+        )
+    if everyone == 1:
         return Processes()
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return Processes(dist.get_rank(), dist.get_world_size())
+    mesh = _mesh(everyone // tensor_parallel, tensor_parallel)
+    place = mesh["rows"].get_local_rank()
+    return Processes(place, mesh["rows"].size(), tensor_parallel, mesh, dist.get_rank() == 0)
+
+
+@functools.cache
+def _mesh(rows: int, tensor: int) -> DeviceMesh:
+    """Return the processes as a grid; neighbours share rows, so that they talk within a node."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return init_device_mesh(kind, (rows, tensor), mesh_dim_names=("rows", "tensor"))
 
 
 @functools.cache

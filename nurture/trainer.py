@@ -113,7 +113,7 @@ def train_step(
         return StepReport({}, 0.0, False)
     metrics: dict[str, tuple[float, float]] = {}
     for index, microbatch in enumerate(microbatches):
-        if processes.world_size > 1:
+        if processes.mesh is not None:
             model.set_requires_gradient_sync(index == len(microbatches) - 1)  # type: ignore[operator]
         with execution.autocast():
             result = loss_fn(model, microbatch)

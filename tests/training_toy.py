@@ -5,7 +5,10 @@ python training_toy.py DIRECTORY STEPS [key=value ...]
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, ScheduleConfig, build_optimizer
 from nurture.runtime import ExecutionConfig, decide_execution
 from nurture.trainer import FitReport, LoopConfig, fit
+from nurture.types import Batch
 
 VOCABULARY = 64
 
@@ -45,6 +49,20 @@ def toy_batches(steps: int, batch_size: int = 8) -> MixtureBatches:
     return MixtureBatches(shards, phases, steps=steps, batch_size=batch_size, sequence_length=32, seed=5)
 
 
+class Disturbed:
+    """Batches that come slowly, or in whose middle the process RANK:STEP is killed at its first start by torchrun."""
+
+    def __init__(self, batches: MixtureBatches, pause: float, dies: str) -> None:
+        self.batches, self.pause, self.dies = batches, pause, dies
+        self.epochs = batches.epochs
+
+    def __call__(self, step: int, rank: int, world_size: int) -> Batch:
+        time.sleep(self.pause)
+        if self.dies == f"{rank}:{step}" and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.batches(step, rank, world_size)
+
+
 def toy_fit(
     directory: Path,
     steps: int = 12,
@@ -54,25 +72,18 @@ def toy_fit(
     save_every: int | None = None,
     average: float | None = None,
     pause: float = 0.0,
+    tensor_parallel: int = 1,
+    dies: str = "",
 ) -> tuple[Transformer | None, FitReport]:
     """Train the toy model; returns its unsharded weights in the main process."""
-    execution = decide_execution(ExecutionConfig(precision="fp32", compile="off"))
+    execution = decide_execution(
+        ExecutionConfig(precision="fp32", compile="off", tensor_parallel=tensor_parallel)
+    )
     model = prepare(toy_model(), execution)
-    batches = toy_batches(steps)
-    if pause:
-        import time
-
-        inner = batches.__call__
-        slow = type(
-            "Slow",
-            (),
-            {"epochs": batches.epochs, "__call__": lambda _, *a: (time.sleep(pause), inner(*a))[1]},
-        )
-        batches = slow()
     report = fit(
         model,
         build_optimizer(model, OptimizerConfig(kind=optimizer, learning_rate=3e-3)),
-        batches,
+        Disturbed(toy_batches(steps), pause, dies) if pause or dies else toy_batches(steps),
         LanguageLoss(torch.ones(VOCABULARY, dtype=torch.int64)),
         steps=steps,
         schedule=ScheduleConfig(),
@@ -94,6 +105,8 @@ if __name__ == "__main__":
         optimizer=options.get("optimizer", "adamw"),
         save_every=int(options.get("save_every", 0)) or None,
         pause=float(options.get("pause", 0)),
+        tensor_parallel=int(options.get("tensor_parallel", 1)),
+        dies=options.get("dies", ""),
     )
     if result is not None:
         save_model(result, Path(target) / "model")

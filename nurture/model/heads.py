@@ -7,10 +7,12 @@ Positions without a label cost nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from nurture.types import IGNORE_INDEX
 
@@ -26,6 +28,29 @@ def lm_logits(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
 def scalar_values(hidden_BTD: Tensor, weight_1D: Tensor) -> Tensor:
     """Return (B, T) float32, one number a token (a reward or a value)."""
     return torch.nn.functional.linear(hidden_BTD, weight_1D).squeeze(-1).float()
+
+
+def by_columns(
+    score: Callable[..., Any], hidden: Tensor, weight: Tensor, labels: Tensor | None = None, *rest: Any
+) -> Any:
+    """Return `score(hidden, weight, labels, *rest)`, also where processes share the columns of `hidden`.
+
+    Under tensor parallelism every process scores its own columns against the whole matrix, which costs as much as a
+    matrix cut by vocabulary and needs no arithmetic of its own. All processes get the whole result: what has a column
+    for every token is gathered, a sum is added up.
+    """
+    if not isinstance(hidden, DTensor) or not isinstance(weight, DTensor):
+        return score(hidden, weight, *(() if labels is None else (labels, *rest)))
+    mesh = hidden.device_mesh
+    # Each process adds its columns' part to the gradient of the matrix.
+    matrix = weight.full_tensor(grad_placements=[Partial()])
+    mine = () if labels is None else (labels.chunk(mesh.size(), 1)[mesh.get_local_rank()], *rest)
+    found = score(hidden.to_local(), matrix, *mine)
+
+    def whole(part: Tensor) -> Tensor:
+        return DTensor.from_local(part, mesh, [Shard(1) if part.ndim else Partial()]).full_tensor()
+
+    return tuple(map(whole, found)) if isinstance(found, tuple) else whole(found)
 
 
 def label_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from nurture.model.attention import attention, document_starts
 from nurture.model.config import ModelConfig
 from nurture.model.heads import (
+    by_columns,
     cross_entropy_sum,
     label_logprobs,
     label_logprobs_and_entropies,
@@ -255,16 +256,15 @@ class Transformer(nn.Module):
         if self.head == "scalar":
             if labels is not None:
                 raise ValueError("labels were given to a model with a scalar head")
-            return scalar_values(hidden_BTD, self.output_weight)
+            return by_columns(scalar_values, hidden_BTD, self.output_weight)
         if labels is None:
-            return lm_logits(hidden_BTD, self.output_weight)
+            return by_columns(lm_logits, hidden_BTD, self.output_weight)
         if reduction == "sum":
             if temperature != 1.0:
                 raise ValueError(f"reduction 'sum' has no temperature, got {temperature}")
-            return cross_entropy_sum(hidden_BTD, self.output_weight, labels)
-        if reduction == "entropy":
-            return label_logprobs_and_entropies(hidden_BTD, self.output_weight, labels, temperature)
-        return label_logprobs(hidden_BTD, self.output_weight, labels, temperature)
+            return by_columns(cross_entropy_sum, hidden_BTD, self.output_weight, labels)
+        score = label_logprobs_and_entropies if reduction == "entropy" else label_logprobs
+        return by_columns(score, hidden_BTD, self.output_weight, labels, temperature)
 
 
 def default_position_ids(token_ids: Tensor, document_ids: Tensor | None) -> Tensor:

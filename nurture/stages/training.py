@@ -120,7 +120,7 @@ def open_session(
         NurtureError: there is no tokenizer, the checkpoint is damaged, or rows are longer than the model's context.
     """
     opened = time.monotonic()
-    processes = join_processes()
+    processes = join_processes(config.execution.tensor_parallel)
     seed = context.seed if config.seed is None else config.seed
     seed_everything(seed)
     tokenizer_path = context.start or context.tokenizer

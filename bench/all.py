@@ -2,7 +2,7 @@
 
     python bench/all.py                         everything, with peak memory (an hour or so on two cores)
     python bench/all.py --quick                 one small shape each, no memory
-    python bench/all.py --only sft,startup      these scripts; the other rows of the table stay as they were
+    python bench/all.py --only sft --shapes 3M  these scripts, with options of theirs; other rows stay as they were
 
 A script is a process of its own, in which ours and the peer run in turns and the machine's matrix peak is measured, so
 every row compares like with like. Rows are kept in `results.json` by name and written as one table to `RESULTS.md`.
@@ -40,7 +40,7 @@ def scripts() -> list[str]:
     return sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("all", "common", "kills"))
 
 
-def run_script(name: str, quick: bool) -> list[dict[str, Any]]:
+def run_script(name: str, quick: bool, options: list[str]) -> list[dict[str, Any]]:
     """Run one benchmark and return its rows.
 
     Raises:
@@ -48,11 +48,8 @@ def run_script(name: str, quick: bool) -> list[dict[str, Any]]:
     """
     text = (HERE / f"{name}.py").read_text(encoding="utf-8")
     wanted = ["--json", *(["--quick"] if quick else ["--memory"])]
-    command = [
-        sys.executable,
-        str(HERE / f"{name}.py"),
-        *(option for option in wanted if f'"{option}"' in text),
-    ]
+    wanted = [option for option in wanted if f'"{option}"' in text]
+    command = [sys.executable, str(HERE / f"{name}.py"), *wanted, *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}")
@@ -99,7 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--only", help="comma separated: " + ", ".join(scripts()))
     parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()
     chosen = arguments.only.split(",") if arguments.only else scripts()
     unknown = set(chosen) - set(scripts())
     if unknown:
@@ -109,7 +106,7 @@ def main() -> None:
     for name in chosen:
         print(f"{name} …", file=sys.stderr, flush=True)
         try:
-            rows = run_script(name, arguments.quick)
+            rows = run_script(name, arguments.quick, options)
         except RuntimeError as error:
             print(error, file=sys.stderr)
             failed.append(name)

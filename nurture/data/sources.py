@@ -362,15 +362,15 @@ def _world_rows(
     if split == "all":
         raise NurtureError(f"world:{names}: endless, so there is no 'all'; ask for train or heldout")
     built = make_world(world)
-    sources = (*built.sources, "long")
+    sources = (*built.sources, "long", "notes")
     kinds = task_kinds(names, built)
     if names in sources:  # `code` is a source and a kind of task; tasks:code is the task
         for text in built.documents(names, split, start):
             yield Row(text=text)
-    elif set(kinds) <= set(built.task_kinds):
+    elif set(kinds) <= {*built.task_kinds, *built.drill_kinds}:
         yield from _task_rows(built, kinds, split, start, voice_of(names))
     else:
-        unknown = next(kind for kind in kinds if kind not in built.task_kinds)
+        unknown = next(kind for kind in kinds if kind not in (*built.task_kinds, *built.drill_kinds))
         hint = did_you_mean(unknown, [*sources, *built.task_kinds, *VOICES])
         raise NurtureError(
             f"world:{names}: the world has no '{unknown}'.{hint} It has the sources {', '.join(sources)} and the"
@@ -400,10 +400,12 @@ def _task_rows(
     world: World, kinds: tuple[str, ...], split: Literal["train", "heldout"], start: int, voice: str
 ) -> Iterator[Row]:
     """Tasks of each kind in turn."""
-    if voice == "think" and (open_ended := [kind for kind in kinds if kind not in world.worked_kinds]):
+    if voice == "think" and (
+        open_ended := [kind for kind in kinds if kind not in (*world.worked_kinds, *world.drill_kinds)]
+    ):
         raise NurtureError(
             f"world:think:{','.join(kinds)}: there is nothing to work out in '{open_ended[0]}'; thoughts are written"
-            f" for {', '.join(world.worked_kinds)}"
+            f" for {', '.join((*world.worked_kinds, *world.drill_kinds))}"
         )
     for index in count(start):
         for kind in kinds:

@@ -31,7 +31,7 @@ from nurture.world import (
 from nurture.world.facts import GROUPS, RELATIONS, Entity
 from nurture.world.grading import Grade
 from nurture.world.split import pick, random_for
-from nurture.world.tasks import MAKERS, WORKED, Task, TaskCast, make_task
+from nurture.world.tasks import DRILLS, MAKERS, WORKED, Task, TaskCast, make_task
 
 if TYPE_CHECKING:
     from nurture.types import Message
@@ -63,9 +63,11 @@ class World:
     """All documents and tasks of one seed.
 
     Attributes:
-        sources: names of the pretraining sources; `long` (notes to be found again) can be asked for beside them.
+        sources: names of the pretraining sources; `long` (notes to be found again) and `notes` (the same, all of them
+            short) can be asked for beside them.
         task_kinds: what `task` can make.
-        worked_kinds: those whose tasks have a `thought`.
+        drill_kinds: further kinds of task, for training only.
+        worked_kinds: kinds whose tasks have a `thought`, drills aside.
         people, towns, animals: the entities, with their facts and groups.
         wordle_answers, wordle_allowed: five-letter words; every answer occurs in the texts.
         wordle_secrets: split -> the answers that are looked for in its games.
@@ -73,6 +75,7 @@ class World:
 
     sources = ("web", "web-tavi", "forum", "code", "math")
     task_kinds = tuple(MAKERS)
+    drill_kinds = tuple(DRILLS)
     worked_kinds = WORKED
     wordle_answers = wordle.ANSWERS
     wordle_allowed = wordle.ALLOWED
@@ -124,7 +127,7 @@ class World:
         Raises:
             NurtureError: unknown source or split.
         """
-        self._check("source", source, (*self.sources, "long"))
+        self._check("source", source, (*self.sources, "long", "notes"))
         self._check("split", split, tuple(self._casts))
         rng = random_for(self.seed, "document", source, split, index)
         if source == "web":
@@ -137,7 +140,8 @@ class World:
             return functions.document(rng, split)
         if source == "math":
             return arithmetic.document(rng, split)
-        return long.document(rng, split, self._casts[split], self.size.long_words)
+        longest = self.size.long_words if source == "long" else long.SHORT
+        return long.document(rng, split, self._casts[split], longest)
 
     def documents(self, source: str, split: str, start: int = 0) -> Iterator[str]:
         """Yield documents without end, from index `start` on."""
@@ -160,7 +164,7 @@ class World:
         Raises:
             NurtureError: unknown kind or split.
         """
-        self._check("task kind", kind, self.task_kinds)
+        self._check("task kind", kind, (*self.task_kinds, *self.drill_kinds))
         self._check("split", split, GROUPS if kind in ("fact", "describe") else GROUPS[:2])
         rng = random_for(self.seed, "task", kind, split, index)
         return make_task(rng, kind, split, index, self._task_casts[split])

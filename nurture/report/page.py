@@ -37,7 +37,8 @@ FAMILIES = (
     ("Is preferred", ("gold_win_rate", "gold_reward", "proxy_reward", "kl")),
     ("Judges: the reward model", ("pair_accuracy", "pair_ceiling", "tie_accuracy", "tie_ceiling", "calibration_error",
                                   "longer_preferred")),
-    ("Finds a hidden number again in a long text", ("passkey", "passkey_yarn")),
+    ("Finds again what a long text hides", ("passkey", "multikey", "variables", "passkey_yarn", "multikey_yarn",
+                                            "variables_yarn")),
     ("Mixture: share of the training tokens", ("share",)),
 )  # fmt: skip
 """Tables of the page, and the measures (before the slash) in each. What is in none of them goes to "Other"."""
@@ -77,8 +78,12 @@ MEANINGS = {
     "wordle_win": "games with held-out secrets won",
     "wordle_solver": "the same games, won by a solver",
     "wordle_random": "the same games, won by guessing at random",
-    "passkey": "a number hidden in a text so many times longer than in pretraining is found again",
-    "passkey_yarn": "the same with stretched rotations and no training",
+    "passkey": "a note hidden in a text so many times longer than in pretraining is found again",
+    "multikey": "the same among seven other notes",
+    "variables": "the same for three assignments, followed one after the other",
+    "passkey_yarn": "past the trained length: before, and after stretching the rotations without training",
+    "multikey_yarn": "the same among seven other notes",
+    "variables_yarn": "the same for three assignments, followed one after the other",
 }
 
 _TRAINED_FLOPS = 6

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RATES = frozenset(
     "facts arithmetic translation cloze format stopped share pair_accuracy pair_ceiling tie_accuracy gold_win_rate "
     "harm over_refusal think_obeyed no_think_obeyed math math_think math_no_think code code_exact wordle_win "
-    "wordle_solver wordle_random passkey passkey_yarn".split()
+    "wordle_solver wordle_random passkey multikey variables passkey_yarn multikey_yarn variables_yarn".split()
 )
 """Measures between 0 and 1 that read better as percentages."""
 
@@ -164,7 +164,7 @@ def next_steps(run_directory: Path) -> list[tuple[str, str]]:
     steps = []
     if with_model:
         last, kind = with_model[-1], stage_kind(with_model[-1])
-        what = "see how it continues a text" if kind == "pretrain" else "talk to the model"
+        what = "see how it continues a text" if kind in ("pretrain", "extend") else "talk to the model"
         steps.append((f"nurture chat {last}", what))
         if len(with_model) > 1:
             steps.append(
@@ -178,7 +178,7 @@ def next_steps(run_directory: Path) -> list[tuple[str, str]]:
                     "train it on the reward model's scores",
                 )
             )
-        if kind == "pretrain":
+        if kind in ("pretrain", "extend"):
             steps.append((f"nurture sft --model {last} --data CHATS.jsonl", "teach it to answer"))
     steps.append((f"nurture report {run_directory} --html report.html", "a page with plots and replies"))
     steps.append((f"nurture report {run_directory} --json", "the numbers for a script"))

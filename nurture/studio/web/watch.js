@@ -5,7 +5,7 @@ import { complain, el, pick } from "/static/ui.js";
 
 const EVERY = 2000;
 const STATUS = { fresh: ["done", "good"], new: ["not yet", ""], unfinished: ["interrupted", "warn"], stale: ["done, changed since", ""], damaged: ["damaged", "warn"] };
-const RATES = new Set("facts arithmetic translation cloze format stopped share pair_accuracy pair_ceiling tie_accuracy gold_win_rate harm over_refusal think_obeyed no_think_obeyed math math_think math_no_think code code_exact wordle_win wordle_solver wordle_random passkey passkey_yarn".split(" "));
+const RATES = new Set("facts arithmetic translation cloze format stopped share pair_accuracy pair_ceiling tie_accuracy gold_win_rate harm over_refusal think_obeyed no_think_obeyed math math_think math_no_think code code_exact wordle_win wordle_solver wordle_random passkey multikey variables passkey_yarn multikey_yarn variables_yarn".split(" "));
 
 export function makePage({ runs }) {
   if (!runs.length) {

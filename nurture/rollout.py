@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -226,6 +227,7 @@ def collect(
     max_turns: int = 16,
     max_length: int | None = None,
     seed: int = 0,
+    share: tuple[int, int] = (0, 1),
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Rollout]:
     """Let the policy play every task `group_size` times.
@@ -242,6 +244,8 @@ def collect(
         max_turns: most turns of the policy.
         max_length: most tokens of an episode, prompt included; default: the model's context.
         seed: of the games and of the sampling.
+        share: (place, processes) where `tasks` are every so manieth of a list, from that place on: they are played as
+            one process would play them in the whole list.
         template_kwargs: variables of the chat template (enable_thinking, ...).
 
     Returns:
@@ -254,7 +258,9 @@ def collect(
     if not params.stop_token_ids:
         params = replace(params, stop_token_ids=tokenizer.stop_token_ids)
     plays: list[_Play] = []
-    for task, game_seed in zip(tasks, sequence_seeds(seed, len(tasks)), strict=True):
+    place, processes = share
+    game_seeds = sequence_seeds(seed, len(tasks) * processes)[place::processes]
+    for task, game_seed in zip(tasks, game_seeds, strict=True):
         for _ in range(group_size):
             environment = make_environment()
             plays.append(_Play(environment, list(environment.reset(task, game_seed).messages)))
@@ -275,7 +281,8 @@ def collect(
         return [answers.get(index) for index, _ in turns]
 
     # A group is decoded side by side, so members of one group may not share the seeds of another step's.
-    seeds = sequence_seeds(seed ^ _SAMPLING, len(plays))
+    everyone = np.array(sequence_seeds(seed ^ _SAMPLING, len(plays) * processes), dtype=object)
+    seeds = everyone.reshape(-1, processes, group_size)[:, place].ravel().tolist()
     episodes = sampler.converse(prompts, respond, params, seeds, max_length=max_length)
     return [
         _rollout(play, prompt, episode, index // group_size, tokenizer, max_turns)

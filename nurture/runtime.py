@@ -92,6 +92,14 @@ class Processes:
         dist.all_reduce(tensor, group=self._rows)
         return float(tensor)
 
+    def largest(self, value: float) -> float:
+        """Return the largest `value` of all processes."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._rows)
+        return float(tensor)
+
     def agree(self, value: Any) -> Any:
         """Return the main process's `value` in every process."""
         if self.mesh is None:

@@ -36,6 +36,7 @@ from nurture.stages.rl import (
     learn,
     score_rows,
     seed_of,
+    summed_over,
 )
 
 VOCABULARY, WANTED, LONGEST = 16, 7, 8
@@ -47,9 +48,17 @@ def toy_model(seed: int, head: str = "lm") -> Transformer:
 
 
 def toy_rollouts(
-    policy: PolicyEngine, seed: int, prompts: int, group_size: int, temperature: float
+    policy: PolicyEngine,
+    seed: int,
+    prompts: int,
+    group_size: int,
+    temperature: float,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Rollout]:
-    """Random prompts of 2 to 5 tokens, replies of up to LONGEST; token 0 ends one. Paid by the share of WANTED."""
+    """Random prompts of 2 to 5 tokens, replies of up to LONGEST; token 0 ends one. Paid by the share of WANTED.
+
+    `share`: (rank, processes), whose prompts alone are answered, as one process would.
+    """
     generator = torch.Generator().manual_seed(seed)
     rollouts = []
     starts = []
@@ -58,7 +67,8 @@ def toy_rollouts(
         prompt = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
         starts += [(group, prompt)] * group_size
     params = SamplingParams(max_tokens=LONGEST, temperature=temperature, stop_token_ids=(0,))
-    seeds = [seed_of(seed, index) for index in range(len(starts))]
+    seeds = [seed_of(seed, index) for index in range(len(starts)) if starts[index][0] % share[1] == share[0]]
+    starts = [(group, prompt) for group, prompt in starts if group % share[1] == share[0]]
     for (group, prompt), written in zip(
         starts, policy.now().generate([p for _, p in starts], params, seeds), strict=True
     ):
@@ -124,10 +134,11 @@ def toy_learn(
         time.sleep(pause)
         rollouts = toy_rollouts(
             engine,
-            seed_of(3, step, processes.rank),
-            config.prompts_per_step // processes.world_size,
+            seed_of(3, step, 0),
+            config.prompts_per_step,
             config.group_size,
             config.temperature,
+            (processes.rank, processes.world_size),
         )
         batch = collate(rollouts)
         batch.extra["old_logprobs"] = batch.logprobs
@@ -141,7 +152,8 @@ def toy_learn(
             )
             rewards = token_rewards(batch.rewards, torch.zeros_like(batch.logprobs), mask, 0.0)
             advantages, returns = gae(rewards, values, mask)
-            batch.extra |= {"values": values, "returns": returns, "advantages": whiten(advantages, mask)}
+            white = whiten(advantages, mask, add_up=summed_over(processes))
+            batch.extra |= {"values": values, "returns": returns, "advantages": white}
         else:
             batch.extra["advantages"] = spread(group_advantages(batch.rewards, batch.groups), mask)
         memory["steps_played"] = step + 1
@@ -165,6 +177,7 @@ if __name__ == "__main__":
         int(count),
         pause=float(options.get("pause", 0)),
         loop={"log_every": 1, "save_every": int(options.get("save_every", 0)) or None},
+        batch_size=int(options.get("batch_size", 16)),
     )
     if result is not None:
         save_model(result, Path(target) / "model")

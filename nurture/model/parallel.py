@@ -34,7 +34,7 @@ from torch.distributed.tensor.parallel import (
 
 from nurture.errors import NurtureError
 from nurture.model.lora import adapters, merged_weights
-from nurture.model.transformer import Transformer
+from nurture.model.transformer import Block, Transformer
 from nurture.model.weights import empty_model
 from nurture.runtime import Execution
 from nurture.types import IGNORE_INDEX
@@ -94,6 +94,7 @@ def _cut_matrices(model: Transformer, mesh: DeviceMesh) -> None:
         inside["attention.q_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)
         inside["attention.k_norm"] = SequenceParallel(sequence_dim=2, use_local_output=True)
     for block in model.blocks:
+        assert isinstance(block, Block)
         block.attention.heads //= parts
         block.attention.kv_heads //= parts
         parallelize_module(block, mesh, inside)
@@ -148,7 +149,9 @@ def row_order(model: Transformer, name: str, parts: int) -> Tensor | None:
 
 def _tensor_parts(model: Transformer) -> int:
     """Return how many processes share the heads of `model`."""
-    return int(model.config.heads // model.blocks[0].attention.heads)
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    return model.config.heads // block.attention.heads
 
 
 def whole_weights(model: Transformer, *, on_cpu: bool = False) -> dict[str, Any]:

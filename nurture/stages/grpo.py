@@ -209,10 +209,9 @@ def sample(
     share = len(range(processes.rank, config.prompts_per_step, processes.world_size))
     for attempt in range(config.refills + 1):
         tasks = stream(step, config.prompts_per_step, attempt)[processes.rank :: processes.world_size]
-        seed = seed_of(session.seed, step, processes.rank, attempt)
-        rollouts = play_rows(
-            config, sampler, session.tokenizer, make, tasks[: share - len(useful)], seed, config.group_size
-        )
+        seed = seed_of(session.seed, step, 0, attempt)
+        chosen, place = tasks[: share - len(useful)], (processes.rank, processes.world_size)
+        rollouts = play_rows(config, sampler, session.tokenizer, make, chosen, seed, config.group_size, place)
         pay(config, rollouts)
         for first in range(0, len(rollouts), config.group_size):
             group = rollouts[first : first + config.group_size]

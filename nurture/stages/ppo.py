@@ -341,8 +341,9 @@ def collect(
         session.tokenizer,
         Question,
         rows[processes.rank :: processes.world_size],
-        seed_of(session.seed, step, processes.rank),
+        seed_of(session.seed, step, 0),
         config.group_size,
+        (processes.rank, processes.world_size),
     )
 
 

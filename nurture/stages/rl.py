@@ -223,18 +223,20 @@ def minibatches(batch: RolloutBatch, size: int, seed: int, step: int, epoch: int
         yield batch.select(part)
 
 
-def by_length(batch: RolloutBatch, most_tokens: int, world_size: int = 1) -> list[Tensor]:
+def by_length(batch: RolloutBatch, most_tokens: int, processes: Processes | None = None) -> list[Tensor]:
     """Return row numbers in parts of similar length: little padding, and at most `most_tokens` tokens a part.
 
-    With several processes the parts are as many in each: a power of two that fits the widest row everywhere.
+    With several processes (all must call it) the parts are as many in each: a power of two that fits the widest row
+    everywhere.
     """
     lengths = (batch.document_ids >= 0).sum(1)
     order = lengths.argsort(stable=True)
-    if world_size > 1:
+    if processes is not None and processes.world_size > 1:
         rows, width = batch.token_ids.shape
         parts = 1
         while parts < rows and -(-rows // parts) * width > most_tokens:
             parts *= 2
+        parts = int(processes.largest(parts))  # another number elsewhere, and the processes wait for ever
         return list(order.tensor_split(parts))
     parts_found: list[list[int]] = []
     shortest = 0
@@ -250,7 +252,7 @@ def by_length(batch: RolloutBatch, most_tokens: int, world_size: int = 1) -> lis
 
 def microbatches(batch: RolloutBatch, config: RLConfig, execution: Execution) -> list[RolloutBatch]:
     """Split a minibatch for `train_step`; the split cannot change the gradient."""
-    parts = by_length(batch, config.execution.microbatch_tokens, execution.processes.world_size)
+    parts = by_length(batch, config.execution.microbatch_tokens, execution.processes)
     return [batch.select(part).to(execution.device) for part in parts]
 
 
@@ -263,7 +265,7 @@ def score_rows(
 ) -> list[Tensor]:
     """Run `score` over the batch in microbatches and lay its (b, t) results out as (B, T) float32 on the CPU."""
     results: list[Tensor] = []
-    for rows in by_length(batch, config.execution.microbatch_tokens, execution.processes.world_size):
+    for rows in by_length(batch, config.execution.microbatch_tokens, execution.processes):
         with execution.autocast():
             parts = score(batch.select(rows).to(execution.device))
         if not results:
@@ -660,8 +662,9 @@ def play_rows(
     rows: Sequence[Any],
     seed: int,
     group_size: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Rollout]:
-    """Let the policy play every row `group_size` times, with the stage's settings."""
+    """Let the policy play every row `group_size` times, with the stage's settings. `share`: see `collect`."""
     return collect(
         sampler,
         tokenizer,
@@ -672,6 +675,7 @@ def play_rows(
         max_turns=config.max_turns,
         max_length=config.sequence_length,
         seed=seed,
+        share=share,
         template_kwargs=config.template_kwargs,
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rl_toy import toy_learn
 from training_toy import toy_fit
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -32,6 +33,20 @@ def curve(directory: Path, key: str = "train/loss") -> list[float]:
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line[key] for line in lines]
+
+
+def test_reinforcement_learning_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
+    """Prompts are shared over the ranks and sampled as one process would; policy and value model resume in two, in one."""
+    settings = {"batch_size": 48, "loop": {"log_every": 1}}
+    toy_learn(tmp_path / "one", 5, **settings)
+    many = tmp_path / "many"
+    torchrun("rl_toy.py", str(many), "5", "save_every=2", "batch_size=48", processes=4)
+    forget_after(many, 4)
+    torchrun("rl_toy.py", str(many), "5", "save_every=1", "batch_size=48", processes=2)
+    forget_after(many, 4)
+    toy_learn(many, 5, **settings)
+    for key in ("rl/reward_mean", "rl/length", "rl/policy_loss", "rl/value_loss", "rl/grad_norm"):
+        assert curve(many, key) == pytest.approx(curve(tmp_path / "one", key), rel=2e-3, abs=2e-5), key
 
 
 def forget_after(directory: Path, step: int) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -99,7 +99,7 @@ def summary(run: Path) -> dict[str, Any]:
     rankings = read(run, RANKINGS)
     by_comparison: dict[str, dict[str, Ranking]] = defaultdict(dict)
     for row in rankings:
-        by_comparison[_comparison(row)][row["labeler"]] = _ranking(row)
+        by_comparison[comparison_key(row)][row["labeler"]] = _ranking(row)
     both = [
         (one, other) for group in by_comparison.values() for one, other in combinations(group.values(), 2)
     ]
@@ -112,14 +112,18 @@ def summary(run: Path) -> dict[str, Any]:
     }
 
 
-def open_comparison(run: Path, labeler: str) -> dict[str, Any] | None:
-    """Return answers that others have ranked and `labeler` has not, without their ranking."""
+def open_comparison(run: Path, labeler: str, skipped: Collection[str] = ()) -> dict[str, Any] | None:
+    """Return answers that others have ranked and `labeler` has not, without their ranking.
+
+    Args:
+        skipped: `comparison_key` of answers that the labeler does not want to rank.
+    """
     seen: dict[str, dict[str, Any]] = {}
-    done = set()
+    done = set(skipped)
     for row in read(run, RANKINGS):
-        seen.setdefault(_comparison(row), row)
+        seen.setdefault(comparison_key(row), row)
         if row["labeler"] == labeler:
-            done.add(_comparison(row))
+            done.add(comparison_key(row))
     for name, row in seen.items():
         if name not in done:
             return {key: row[key] for key in row if key in ("prompt", "responses", "model")}
@@ -136,7 +140,8 @@ def reward_model_folder(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def _comparison(row: dict[str, Any]) -> str:
+def comparison_key(row: Mapping[str, Any]) -> str:
+    """Return what two rankings of the same answers to the same prompt have in common."""
     return json.dumps([row["prompt"], row["responses"]], sort_keys=True)
 
 

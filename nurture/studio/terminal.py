@@ -2,20 +2,23 @@
 
 The same rows in the same files as the studio's label page (label.py), so people may use either. Answers that another
 labeler has ranked come first, as long as there are any: only answers that two have ranked say how far people agree.
-What is typed is a ranking (`B > A = C`), or a command. Reading and printing are passed in, so that everything here can
-be tested, and used from elsewhere.
+What is typed is a ranking (`B > A = C`, or for short `ba=c`), or a command. Taking a label back asks its question
+again. Every label is on the disk before the next question. Reading and printing are passed in, so that everything here
+can be tested, and used from elsewhere.
 
 Source: InstructGPT, arXiv 2203.02155, section 3.4 and appendix B.2: K answers side by side, ranked with ties.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Literal
 
 from nurture.data.rows import parse_ranking, ranking_text
 from nurture.data.sources import make_world, read_rows
@@ -23,15 +26,26 @@ from nurture.errors import NurtureError
 from nurture.inference.chat import ChatModel
 from nurture.pipeline import recall_world
 from nurture.rewards.candidates import distinct, sample_candidates
-from nurture.studio.label import DEMONSTRATIONS, RANKINGS, open_comparison, save, summary, undo
+from nurture.studio.label import (
+    DEMONSTRATIONS,
+    RANKINGS,
+    comparison_key,
+    open_comparison,
+    save,
+    summary,
+    undo,
+)
 from nurture.types import Message
 
+with suppress(ImportError):  # not on Windows
+    import readline  # noqa: F401  # arrow keys, for whoever passes `input` as `read`
+
 HELP = """\
-  B > A = C    rank the answers, best first; = for a tie
+  b > a = c    rank the answers, best first; = for a tie (for short: ba=c)
   w            write the answer you would have given
   s            skip this one
-  u            take back the last label
-  q            leave (also ctrl-d)"""
+  u            take back the last label and look at it again
+  q            leave (also ctrl-d, ctrl-c); every label is saved at once"""
 
 
 @dataclass(frozen=True)
@@ -114,23 +128,29 @@ def label(
     Raises:
         NurtureError: the disk is full or not writable. What was labelled before is kept.
     """
-    kept: list[tuple[str, str]] = []
-    skipped: set[str] = set()
+    kept: list[_Label] = []
+    waiting, skipped = list[Question](), set[str]()
     show(HELP)
     try:
         while True:
-            question = _others_question(run, labeler, skipped) or next(questions, None)
+            question = waiting.pop() if waiting else None
+            question = question or _others_question(run, labeler, skipped) or next(questions, None)
             if question is None:
                 break
             if len(question.responses) < 2:
                 continue
             show(_laid_out(question))
-            answered = _one_label(run, labeler, question, kept, read, show)
-            if not answered:
-                skipped.add(repr(question.prompt))
-    except (EOFError, _Leave):
+            outcome = _one_label(run, labeler, question, kept, read, show)
+            if isinstance(outcome, Question):
+                waiting += [question, outcome]
+            elif outcome == "skipped":
+                skipped.add(comparison_key(vars(question)))
+    except (EOFError, KeyboardInterrupt, _Leave):
         pass
-    show(_progress(run, labeler))
+    show(f"\n{_progress(run, labeler)}")
+    if kept:
+        rows = run / "labels" / RANKINGS
+        show(f"Every row is kept. To learn from them: nurture reward --model MODEL --data {rows}")
     return len(kept)
 
 
@@ -138,44 +158,54 @@ class _Leave(Exception):
     """The labeler is done."""
 
 
+@dataclass(frozen=True)
+class _Label:
+    """A row that was saved in this session, and the question it is about."""
+
+    file: str
+    identity: str
+    question: Question
+
+
 def _one_label(
     run: Path,
     labeler: str,
     question: Question,
-    kept: list[tuple[str, str]],
+    kept: list[_Label],
     read: Callable[[str], str],
     show: Callable[[str], None],
-) -> bool:
-    """Read lines until the question is labelled (True) or skipped (False)."""
+) -> Question | Literal["ranked", "skipped"]:
+    """Read lines until the question is ranked or skipped, or another is to be asked again."""
     while True:
         line = read("ranking> ").strip()
         command = line.lower()
         if command in ("q", "quit"):
             raise _Leave
         if command in ("s", "skip"):
-            return False
+            return "skipped"
         if command in ("u", "undo"):
-            if kept:
-                undo(run, *kept.pop())
-                show(f"taken back; {_progress(run, labeler)}")
-            else:
+            if not kept:
                 show("nothing of this session is left to take back")
+                continue
+            taken = kept.pop()
+            undo(run, taken.file, taken.identity)
+            show(f"taken back; {_progress(run, labeler)}")
+            if taken.question is not question:
+                return taken.question
             continue
-        identity = secrets.token_hex(8)
-        about = {"id": identity, "labeler": labeler}
+        about = {"id": secrets.token_hex(8), "labeler": labeler}
         if command in ("w", "write"):
-            reply = read("your answer> ").strip()
-            if reply:
+            if reply := _written(read):
                 said = [*question.prompt, {"role": "assistant", "content": reply}]
                 save(run, DEMONSTRATIONS, {"messages": said, **about})
-                kept.append((DEMONSTRATIONS, identity))
+                kept.append(_Label(DEMONSTRATIONS, about["id"], question))
                 show(f"saved; {_progress(run, labeler)}. Now rank, or s to go on.")
             continue
         if command in ("", "?", "h", "help"):
             show(HELP)
             continue
         try:
-            ranking = parse_ranking(line.upper(), len(question.responses), "your ranking")
+            ranking = parse_ranking(_spelled_out(line), len(question.responses), "your ranking")
         except NurtureError as error:
             show(str(error))
             continue
@@ -185,14 +215,27 @@ def _one_label(
             "ranking": ranking_text(ranking),
         }
         save(run, RANKINGS, {**record, "model": question.model, **about})
-        kept.append((RANKINGS, identity))
+        kept.append(_Label(RANKINGS, about["id"], question))
         show(f"saved; {_progress(run, labeler)}")
-        return True
+        return "ranked"
+
+
+def _written(read: Callable[[str], str]) -> str:
+    """Read the lines of an answer up to an empty one."""
+    lines = [read("your answer, an empty line ends it> ")]
+    while lines[-1].strip():
+        lines.append(read("> "))
+    return "\n".join(lines).strip()
+
+
+def _spelled_out(line: str) -> str:
+    """Return a ranking with every > written: "ba=c" is "B > A = C"."""
+    return re.sub(r"(?<=[A-Z])\s*(?=[A-Z])", " > ", line.upper())
 
 
 def _others_question(run: Path, labeler: str, skipped: set[str]) -> Question | None:
-    found: dict[str, Any] | None = open_comparison(run, labeler)
-    if found is None or repr(found["prompt"]) in skipped:
+    found = open_comparison(run, labeler, skipped)
+    if found is None:
         return None
     return Question(found["prompt"], found["responses"], str(found.get("model", "")))
 
@@ -206,10 +249,16 @@ def _laid_out(question: Question) -> str:
 def _progress(run: Path, labeler: str) -> str:
     """Say how much there is, and how far labelers agree."""
     facts = summary(run)
-    mine = facts["rankings"].get(labeler, 0), facts["demonstrations"].get(labeler, 0)
-    text = f"{mine[0]} rankings and {mine[1]} demonstrations by {labeler}"
-    text += f", {sum(facts['rankings'].values())} rankings in all"
+    rankings, demonstrations = (facts[kind].get(labeler, 0) for kind in ("rankings", "demonstrations"))
+    text = f"{_counted(rankings, 'ranking')} and {_counted(demonstrations, 'demonstration')} by {labeler}"
+    if others := sum(facts["rankings"].values()) - rankings:
+        text += f", {_counted(others, 'ranking')} by others"
     agreed = facts["agreement"]
     if agreed["pairs"]:
-        text += f"; labelers agree on {agreed['ordered']:.0%} of {agreed['pairs']} pairs (InstructGPT's: 73%)"
+        pairs = _counted(agreed["pairs"], "pair")
+        text += f"; labelers agree on {agreed['ordered']:.0%} of {pairs} (InstructGPT's: 73%)"
     return text
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"

@@ -8,6 +8,9 @@ depends on its prompt, its seed, what it is answered and the weights alone: not 
 order. Logits still differ in their last bits between batch sizes where the library's products do (float32: about
 1e-6), which turns a choice only if its uniform number falls in so thin a slice.
 
+`Engine.converse` fills and drains one `Batch`; the studio's server keeps one running for every model it serves, whose
+rows have settings of their own and join and leave between two tokens.
+
 The engine knows token ids only; text, tools and environments live above it. It follows the model it was made from:
 weights changed in place (an optimizer step, `load_state_dict`) are noticed at the next call.
 """
@@ -23,7 +26,14 @@ from torch import Tensor
 
 from nurture.errors import NurtureError
 from nurture.inference.decoder import Decoder
-from nurture.inference.sampling import SamplingParams, sample, sequence_seeds, uniforms
+from nurture.inference.sampling import (
+    SamplingParams,
+    alike,
+    sample,
+    sample_groups,
+    sequence_seeds,
+    uniforms,
+)
 from nurture.model.kv_cache import KVCache
 from nurture.model.transformer import Transformer
 
@@ -79,32 +89,42 @@ Respond = Callable[[list[tuple[int, Completion]]], Sequence[Sequence[int] | None
 """respond(turns that ended, with their prompts' indices) -> for each the tokens to answer it with, or None: the end."""
 
 
-@dataclass
-class _Sequence:
-    """A prompt on its way to a completion, or to an episode."""
+@dataclass(eq=False)
+class Row:
+    """One row of a batch: a prompt on its way to a completion, or to an episode.
 
-    index: int
+    Attributes:
+        prompt: token ids, at least one.
+        params: how to sample a turn, and when it stops.
+        seed: of its draws.
+        limit: tokens the turn may become, from `params.max_tokens` and the room in the context.
+        index: the prompt's place among those of a call.
+        episode: what has been written.
+        finished: the turn is over.
+        drawn: tokens the policy has written in all turns: which uniform number is next.
+        length: tokens of prompt and episode.
+    """
+
     prompt: tuple[int, ...]
+    params: SamplingParams
     seed: int
     limit: int
-    """Tokens the turn may become, from max_tokens and the model's context."""
+    index: int = 0
     episode: Episode = field(default_factory=lambda: Episode([Completion()]))
     finished: bool = False
-    """The turn is over."""
     drawn: int = 0
-    """Tokens the policy has written in all turns: which uniform number is next."""
-    length: int = 0
-    """Tokens of prompt and episode."""
+    length: int = field(init=False)
+    _stops: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.length = len(self.prompt)
+        self.length, self._stops = len(self.prompt), frozenset(self.params.stop_token_ids)
 
     @property
     def completion(self) -> Completion:
         """The turn being written."""
         return self.episode.turns[-1]
 
-    def take(self, token_ids: Sequence[int], logprobs: Sequence[float], stops: frozenset[int]) -> None:
+    def take(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
         """Add drawn tokens up to a stop token or the limit, and drop the rest."""
         written = self.completion
         if self.finished:  # a row that waits for its turn to be noticed
@@ -114,7 +134,7 @@ class _Sequence:
         for token, logprob in zip(token_ids[:room], logprobs[:room], strict=True):
             written.token_ids.append(token)
             written.logprobs.append(logprob)
-            if token in stops:
+            if token in self._stops:
                 written.finish_reason = "stop"
                 self.finished = True
                 break
@@ -129,6 +149,113 @@ class _Sequence:
         self.episode.turns.append(Completion())
         self.finished, self.limit, self.length = False, limit, self.length + len(token_ids)
         return pending
+
+
+class Batch:
+    """Rows that decode in step, each with its own settings; they join and leave between two tokens.
+
+    Attributes:
+        rows: as they lie in the cache; those that are finished idle until they leave.
+    """
+
+    def __init__(self, decoder: Decoder, max_rows: int) -> None:
+        """Open an empty batch; `max_rows` is what the cache keeps room for from the start, it grows with more."""
+        self.decoder = decoder
+        self.rows: list[Row] = []
+        self._cache = decoder.new_cache(max_rows, rows=0)
+        self._last = torch.empty(0, dtype=torch.int64, device=decoder.device)
+
+    @torch.inference_mode()
+    def join(self, entering: Sequence[Row]) -> Tensor:
+        """Prefill prompts, identical ones once, add their rows and draw their first tokens.
+
+        Returns:
+            The logits (B, V) these were drawn from, in the order of `entering`.
+        """
+        prompts = sorted({row.prompt for row in entering}, key=len)
+        logits: dict[tuple[int, ...], Tensor] = {}
+        where: dict[tuple[int, ...], tuple[KVCache, int]] = {}
+        for group in _length_buckets(prompts):
+            part = self.decoder.new_cache(len(group))
+            outputs = self.decoder.feed(group, part)
+            for row, prompt in enumerate(group):
+                logits[prompt], where[prompt] = outputs[row], (part, row)
+        start = 0
+        while start < len(entering):  # runs of rows whose prompts were prefilled in one cache
+            part = where[entering[start].prompt][0]
+            stop = start
+            while stop < len(entering) and where[entering[stop].prompt][0] is part:
+                stop += 1
+            self._cache.append(part, [where[row.prompt][1] for row in entering[start:stop]])
+            start = stop
+        return self._draw_first(entering, torch.stack([logits[row.prompt] for row in entering]))
+
+    @torch.inference_mode()
+    def decode(self, steps: int) -> Tensor:
+        """Draw up to `steps` tokens for every row; fewer where enough rows have stopped.
+
+        Returns:
+            The logits (B, V) the last of them were drawn from.
+        """
+        device = self.decoder.device
+        drawn = uniforms([r.seed for r in self.rows], [r.drawn for r in self.rows], steps).to(device)
+        groups = alike([row.params for row in self.rows])
+        stop_ids = self._stop_ids()
+        stopped = torch.tensor([row.finished for row in self.rows], device=device)
+        tokens, logprobs = [], []
+        for step in range(steps):
+            logits = self.decoder.forward(self._last[:, None], self._cache)
+            self._last, logprob = sample_groups(logits, groups, drawn[:, step])
+            tokens.append(self._last)
+            logprobs.append(logprob)
+            if device.type == "cpu" and steps > 1 and stop_ids.shape[1]:
+                stopped |= (self._last[:, None] == stop_ids).any(1)
+                if int(stopped.sum()) * _DROP_SHARE >= len(self.rows):
+                    break
+        columns = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
+        for number, (row, (row_tokens, row_logprobs)) in enumerate(zip(self.rows, columns, strict=True)):
+            row.take(row_tokens, row_logprobs)
+            if row.finished:  # an idle row writes over the same few columns
+                self._cache.rewind(number, row.length - 1)
+        return logits
+
+    @torch.inference_mode()
+    def leave(self, numbers: Sequence[int], pending: dict[int, list[int]] | None = None) -> None:
+        """Take rows out; those in `pending` (number -> tokens the cache lacks) come back with the next turn begun."""
+        pending = pending or {}
+        going_on = [number for number in numbers if number in pending]
+        returning = [self.rows[number] for number in going_on]
+        held = self.decoder.new_cache(len(going_on), rows=0)
+        held.append(self._cache, going_on)
+        order = self._cache.drop(numbers)
+        self.rows, self._last = [self.rows[number] for number in order], self._last[order]
+        if not going_on:
+            return
+        tokens = [pending[number] for number in going_on]
+        for place, (row, new) in enumerate(zip(returning, tokens, strict=True)):
+            held.rewind(place, row.length - len(new))  # forget what was drawn past the end of the turn
+        logits = self.decoder.feed(tokens, held)
+        self._cache.append(held, range(len(going_on)))
+        self._draw_first(returning, logits)
+
+    def _draw_first(self, entering: Sequence[Row], logits: Tensor) -> Tensor:
+        """Draw the first token of the turn of every row that has been appended to the cache, from logits (B, V)."""
+        drawn = uniforms([row.seed for row in entering], [row.drawn for row in entering], 1)
+        groups = alike([row.params for row in entering])
+        tokens, logprobs = sample_groups(logits, groups, drawn[:, 0].to(self.decoder.device))
+        for row, token, logprob in zip(entering, tokens.tolist(), logprobs.tolist(), strict=True):
+            row.take([token], [logprob])
+        self.rows, self._last = [*self.rows, *entering], torch.cat((self._last, tokens))
+        return logits
+
+    def _stop_ids(self) -> Tensor:
+        """Return the stop tokens of the rows, (1, S) where all have the same, else (B, S) filled up with -1."""
+        stops = [row.params.stop_token_ids for row in self.rows]
+        if stops.count(stops[0]) == len(stops):
+            stops = stops[:1]
+        longest = max(map(len, stops))
+        padded = [[*ids, *[-1] * (longest - len(ids))] for ids in stops]
+        return torch.tensor(padded, dtype=torch.int64, device=self.decoder.device)
 
 
 class Engine:
@@ -217,23 +344,19 @@ class Engine:
         params = params or SamplingParams()
         self._follow_weights()
         context = min(max_length or self.model.config.max_position, self.model.config.max_position)
-        sequences = self._sequences(prompts, params, seeds, context)
-        waiting = deque(sorted(sequences, key=lambda sequence: len(sequence.prompt)))
-        cache = self.decoder.new_cache(min(self.max_batch, len(sequences)), rows=0)
-        active: list[_Sequence] = []
-        last = torch.empty(0, dtype=torch.int64, device=self.decoder.device)
-        while waiting or active:
+        rows = self._rows(prompts, params, seeds, context)
+        waiting = deque(sorted(rows, key=lambda row: len(row.prompt)))
+        batch = Batch(self.decoder, min(self.max_batch, len(rows)))
+        while waiting or batch.rows:
             # Refill once a quarter of the rows is free: a prefill for every single row would cost more than idle rows.
-            free = self.max_batch - len(active)
+            free = self.max_batch - len(batch.rows)
             if waiting and free >= min(len(waiting), max(1, self.max_batch // 4)):
-                entering = [waiting.popleft() for _ in range(min(free, len(waiting)))]
-                first = self._admit(entering, cache, params)
-                active, last = active + entering, torch.cat((last, first))
+                batch.join([waiting.popleft() for _ in range(min(free, len(waiting)))])
             else:
-                last = self._decode(active, last, cache, params)
-            while ended := _enough_ended(active):  # a turn may be over with its first token
-                active, last = self._next_turns(active, ended, last, cache, respond, params, context)
-        return [sequence.episode for sequence in sequences]
+                batch.decode(_steps_to_next_look(batch.rows))
+            while ended := _enough_ended(batch.rows):  # a turn may be over with its first token
+                batch.leave(ended, _answers(batch.rows, ended, respond, context))
+        return [row.episode for row in rows]
 
     def stream(
         self, prompt: Sequence[int], params: SamplingParams | None = None, seed: int | None = None
@@ -253,33 +376,32 @@ class Engine:
         params = params or SamplingParams()
         self._follow_weights()
         context = self.model.config.max_position
-        (sequence,) = self._sequences([prompt], params, None if seed is None else [seed], context)
-        stops = frozenset(params.stop_token_ids)
-        pending, cache = self._resume_stream(sequence.prompt)
-        held = list(sequence.prompt)
-        while not sequence.finished:
-            drawn = uniforms([sequence.seed], [sequence.drawn], 1)
+        (row,) = self._rows([prompt], params, None if seed is None else [seed], context)
+        pending, cache = self._resume_stream(row.prompt)
+        held = list(row.prompt)
+        while not row.finished:
+            drawn = uniforms([row.seed], [row.drawn], 1)
             token, logprob = self._stream_step(pending, cache, params, drawn)
             self._stream_cache = (held.copy(), cache)
-            sequence.take([token], [logprob], stops)
+            row.take([token], [logprob])
             held.append(token)
             pending = [token]
             yield token
 
-    def _sequences(
+    def _rows(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         seeds: Sequence[int] | None,
         context: int,
-    ) -> list[_Sequence]:
+    ) -> list[Row]:
         """Check the prompts and give each its seed and its limit."""
         config = self.model.config
         if seeds is None:
             seeds = sequence_seeds(params.seed, len(prompts))
         if len(seeds) != len(prompts):
             raise NurtureError(f"engine: {len(prompts)} prompts need as many seeds, got {len(seeds)}")
-        sequences = []
+        rows = []
         for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             prompt = tuple(int(token) for token in prompt)
             if not prompt:
@@ -295,103 +417,8 @@ class Engine:
                     f"engine: prompt {index} has {len(prompt)} tokens, but the model's context is "
                     f"{context} (max_position): shorten it, or extend the model"
                 )
-            sequences.append(_Sequence(index, prompt, int(seed), min(params.max_tokens, room)))
-        return sequences
-
-    def _admit(self, entering: list[_Sequence], cache: KVCache, params: SamplingParams) -> Tensor:
-        """Prefill sequences, add them to the cache's rows in order, and draw their first tokens (B,)."""
-        prompts = sorted({sequence.prompt for sequence in entering}, key=len)
-        logits: dict[tuple[int, ...], Tensor] = {}
-        where: dict[tuple[int, ...], tuple[KVCache, int]] = {}
-        for group in length_buckets(prompts):
-            part = self.decoder.new_cache(len(group))
-            outputs = self.decoder.feed(group, part)
-            for row, prompt in enumerate(group):
-                logits[prompt], where[prompt] = outputs[row], (part, row)
-        start = 0
-        while start < len(entering):  # runs of sequences whose prompts were prefilled in one cache
-            part = where[entering[start].prompt][0]
-            stop = start
-            while stop < len(entering) and where[entering[stop].prompt][0] is part:
-                stop += 1
-            cache.append(part, [where[sequence.prompt][1] for sequence in entering[start:stop]])
-            start = stop
-        return self._draw_first(
-            entering, torch.stack([logits[sequence.prompt] for sequence in entering]), params
-        )
-
-    def _next_turns(
-        self,
-        active: list[_Sequence],
-        ended: list[int],
-        last: Tensor,
-        cache: KVCache,
-        respond: Respond,
-        params: SamplingParams,
-        context: int,
-    ) -> tuple[list[_Sequence], Tensor]:
-        """Have the turns of the rows `ended` answered; drop rows that are finished, begin the others' next turn.
-
-        Returns:
-            The sequences of the cache's rows from now on, and their last tokens.
-        """
-        leaving = [active[row] for row in ended]
-        pending = _answers(leaving, respond, params, context)
-        going_on = [sequence for sequence in leaving if sequence.index in pending]
-        held = self.decoder.new_cache(len(going_on), rows=0)
-        held.append(cache, [row for row in ended if active[row].index in pending])
-        order = cache.drop(ended)
-        active, last = [active[row] for row in order], last[order]
-        if not going_on:
-            return active, last
-        tokens = [pending[sequence.index] for sequence in going_on]
-        for row, (sequence, new) in enumerate(zip(going_on, tokens, strict=True)):
-            held.rewind(row, sequence.length - len(new))  # forget what was drawn past the end of the turn
-        logits = self.decoder.feed(tokens, held)
-        cache.append(held, range(len(going_on)))
-        return active + going_on, torch.cat((last, self._draw_first(going_on, logits, params)))
-
-    def _draw_first(self, sequences: list[_Sequence], logits: Tensor, params: SamplingParams) -> Tensor:
-        """Draw the first token of every sequence's turn from logits (B, V); return them, (B,)."""
-        drawn = uniforms([s.seed for s in sequences], [s.drawn for s in sequences], 1)
-        tokens, logprobs = sample(logits, params, drawn[:, 0].to(self.decoder.device))
-        stops = frozenset(params.stop_token_ids)
-        for sequence, token, logprob in zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True):
-            sequence.take([token], [logprob], stops)
-        return tokens
-
-    def _decode(
-        self, active: list[_Sequence], last: Tensor, cache: KVCache, params: SamplingParams
-    ) -> Tensor:
-        """Draw a few tokens for every row; return the last of each row, (B,)."""
-        device = self.decoder.device
-        running = [sequence for sequence in active if not sequence.finished]
-        left = sorted(sequence.limit - len(sequence.completion.token_ids) for sequence in running)
-        # Rows that may end so that the next look is worth it; those that reach their limit are known in advance.
-        enough = max(1, -(-len(active) // _DROP_SHARE) - (len(active) - len(running)))
-        steps = left[min(enough, len(left)) - 1]
-        if params.stop_token_ids:
-            steps = min(steps, _STEPS_PER_CHECK)
-        drawn = uniforms([s.seed for s in active], [s.drawn for s in active], steps).to(device)
-        stop_ids = torch.tensor(params.stop_token_ids, device=device)
-        stopped = torch.tensor([sequence.finished for sequence in active], device=device)
-        tokens, logprobs = [], []
-        for step in range(steps):
-            logits = self.decoder.forward(last[:, None], cache)
-            last, logprob = sample(logits, params, drawn[:, step])
-            tokens.append(last)
-            logprobs.append(logprob)
-            if device.type == "cpu" and params.stop_token_ids:
-                stopped |= (last[:, None] == stop_ids).any(1)
-                if int(stopped.sum()) * _DROP_SHARE >= len(active):
-                    break
-        stops = frozenset(params.stop_token_ids)
-        rows = zip(torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
-        for row, (sequence, (row_tokens, row_logprobs)) in enumerate(zip(active, rows, strict=True)):
-            sequence.take(row_tokens, row_logprobs, stops)
-            if sequence.finished:  # an idle row writes over the same few columns
-                cache.rewind(row, sequence.length - 1)
-        return last
+            rows.append(Row(prompt, params, int(seed), min(params.max_tokens, room), index))
+        return rows
 
     def _resume_stream(self, prompt: tuple[int, ...]) -> tuple[list[int], KVCache]:
         """Return the tokens of the prompt still to be computed, and the cache that holds those before."""
@@ -416,30 +443,39 @@ class Engine:
         return int(tokens), float(logprobs)
 
 
-def _enough_ended(active: list[_Sequence]) -> list[int]:
+def _steps_to_next_look(rows: list[Row]) -> int:
+    """Return for how many tokens nothing can happen that is worth an interruption."""
+    running = [row for row in rows if not row.finished]
+    left = sorted(row.limit - len(row.completion.token_ids) for row in running)
+    # Rows that may end so that the next look is worth it; those that reach their limit are known in advance.
+    enough = max(1, -(-len(rows) // _DROP_SHARE) - (len(rows) - len(running)))
+    steps = left[min(enough, len(left)) - 1]
+    return min(steps, _STEPS_PER_CHECK) if any(row.params.stop_token_ids for row in rows) else steps
+
+
+def _enough_ended(rows: list[Row]) -> list[int]:
     """Return the rows whose turn is over, or none while they are too few to be worth an interruption."""
-    ended = [row for row, sequence in enumerate(active) if sequence.finished]
-    return ended if len(ended) * _DROP_SHARE >= len(active) else []
+    ended = [number for number, row in enumerate(rows) if row.finished]
+    return ended if len(ended) * _DROP_SHARE >= len(rows) else []
 
 
-def _answers(
-    ended: list[_Sequence], respond: Respond, params: SamplingParams, context: int
-) -> dict[int, list[int]]:
-    """Have turns answered; return index -> tokens to be computed, of the sequences that go on."""
-    turns = [(sequence.index, sequence.completion) for sequence in ended]
+def _answers(rows: list[Row], ended: list[int], respond: Respond, context: int) -> dict[int, list[int]]:
+    """Have turns answered; return row -> tokens to be computed, of those that go on."""
+    turns = [(rows[number].index, rows[number].completion) for number in ended]
     pending: dict[int, list[int]] = {}
-    for sequence, answer in zip(ended, respond(turns), strict=True):
+    for number, answer in zip(ended, respond(turns), strict=True):
         if answer is None:
             continue
-        room = context - sequence.length - len(answer)
+        row = rows[number]
+        room = context - row.length - len(answer)
         if room < 1:
-            sequence.episode.is_full = True
+            row.episode.is_full = True
             continue
-        pending[sequence.index] = sequence.answer(answer, min(params.max_tokens, room))
+        pending[number] = row.answer(answer, min(row.params.max_tokens, room))
     return pending
 
 
-def length_buckets(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+def _length_buckets(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
     """Split prompts sorted by length into groups that waste little on padding and fit in memory."""
     group: list[tuple[int, ...]] = []
     for prompt in prompts:

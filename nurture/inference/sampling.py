@@ -177,6 +177,28 @@ def sample(logits: Tensor, params: SamplingParams, uniform: Tensor | None) -> tu
     return token_ids, probabilities.gather(-1, token_ids[:, None]).squeeze(-1).log()
 
 
+def alike(settings: Sequence[SamplingParams]) -> list[tuple[SamplingParams, list[int]]]:
+    """Return groups of rows that can be drawn together: their settings, and which rows they are."""
+    groups: dict[tuple[float, int, float, float], tuple[SamplingParams, list[int]]] = {}
+    for row, params in enumerate(settings):
+        how = (params.temperature, params.top_k, params.top_p, params.min_p)
+        groups.setdefault(how, (params, []))[1].append(row)
+    return list(groups.values())
+
+
+def sample_groups(
+    logits: Tensor, groups: Sequence[tuple[SamplingParams, list[int]]], uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Choose one token a row as `sample` does, rows of each group (from `alike`) with their own settings."""
+    if len(groups) == 1:
+        return sample(logits, groups[0][0], uniform)
+    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    for params, rows in groups:
+        token_ids[rows], logprobs[rows] = sample(logits[rows], params, uniform[rows])
+    return token_ids, logprobs
+
+
 def truncated_logprobs(logits: Tensor, token_ids: Tensor, params: SamplingParams) -> Tensor:
     """Return log p(token) under the distribution actually drawn from: tempered, truncated, renormalised.
 

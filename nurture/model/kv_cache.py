@@ -29,7 +29,7 @@ _BLOCK = 32
 
 
 class KVCache:
-    """Keys and values of every layer for up to `max_rows` sequences.
+    """Keys and values of every layer for a number of sequences.
 
     Attributes:
         rows: rows in use, the first ones (B).
@@ -82,6 +82,12 @@ class KVCache:
                 # Zeros, not garbage: a hidden column has weight 0, and 0 times a stray NaN is NaN.
                 new[: self.rows, :, old.shape[2] :] = 0
                 tensors[layer] = new
+
+    def _reserve_rows(self, max_rows: int) -> None:
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_empty(max_rows, *old.shape[1:])
+                tensors[layer][: self.rows] = old[: self.rows]
 
     def begin(self, tokens: int, counts: Sequence[int] | None = None) -> Tensor:
         """Start a forward pass over `tokens` new columns; each layer then calls `attend` once.
@@ -174,12 +180,17 @@ class KVCache:
         return out.permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, head_width)
 
     def append(self, other: KVCache, source_rows: Sequence[int]) -> None:
-        """Add rows copied from another cache; a source row may be given several times (a shared prompt)."""
+        """Add rows copied from another cache; a source row may be given several times (a shared prompt).
+
+        Beyond `max_rows` the memory is doubled.
+        """
         if not source_rows:
             return
         lengths = [other.lengths[row] for row in source_rows]
         held, first, last = max(lengths), self.rows, self.rows + len(source_rows)
         self.reserve(held + 1)
+        if last > self.keys[0].shape[0]:
+            self._reserve_rows(max(last, 2 * self.keys[0].shape[0]))
         index = torch.tensor(source_rows, device=self.keys[0].device)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for store, source in zip(mine, theirs, strict=True):

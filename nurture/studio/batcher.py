@@ -1,14 +1,10 @@
-"""One thread computes for all clients: requests to the same model decode together, in one batch.
+"""One thread computes for all clients: requests to the same model decode together, in one batch of the engine.
 
-Every model in use has a *lane*: its prepared weights, one key/value cache, and the rows that are being written. The
-thread goes round the lanes; each visit admits waiting rows (prompts of about one length are prefilled together, one
-that is asked for `n` times once), draws one token for every row and hands it out. A row leaves when it has stopped,
-reached its limit, or its client has gone; its place is free for the next one at once. Other computations (scoring a
-text for the Tokens page) are done between two steps, so nothing else touches a model.
-
-Rows of a batch may have different sampling settings, which is why this is not `Engine.generate`; decoder, cache, draw
-and seeds are the engine's own, and so are the tokens: the same prompt and seed give what `Engine.generate` gives
-(tested). When too many rows wait, new ones are refused, which the API passes on as 429.
+Every model in use has a *lane*: a running `Batch` and the rows that wait for it. The thread goes round the lanes; each
+visit lets rows go that have ended or whose client has gone, draws one token for every other row, admits waiting ones
+and hands the tokens out. Other computations (scoring a text for the Tokens page) are done between two steps, so nothing
+else touches a model. The same prompt and seed give what `Engine.generate` gives (tested). When too many rows wait, new
+ones are refused, which the API passes on as 429.
 """
 
 from __future__ import annotations
@@ -26,9 +22,8 @@ from torch import Tensor
 
 from nurture.errors import NurtureError
 from nurture.inference.chat import ChatModel
-from nurture.inference.engine import length_buckets
-from nurture.inference.sampling import SamplingParams, sample, uniforms
-from nurture.model.kv_cache import KVCache
+from nurture.inference.engine import Batch, Row
+from nurture.inference.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -63,29 +58,26 @@ class Drawn:
     finish_reason: str | None = None
 
 
-@dataclass
-class Row:
-    """One completion on its way.
+class Ticket:
+    """What a client holds of a completion that is being written.
 
     Attributes:
-        prompt: token ids.
-        params: sampling, limit and stop tokens.
-        seed: of this completion.
+        row: the engine's.
         top_logprobs: how many likeliest tokens to report with each token; None: no logprobs at all.
+        over: its place may be given to another.
     """
 
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    seed: int
-    top_logprobs: int | None = None
-    written: int = 0
-    last: int = 0
-    over: bool = False
-    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    _queue: asyncio.Queue[Drawn | Exception] = field(default_factory=asyncio.Queue)
+    def __init__(
+        self, prompt: Sequence[int], params: SamplingParams, seed: int, top_logprobs: int | None = None
+    ) -> None:
+        """Prepare a completion of at most `params.max_tokens` tokens, which the context must have room for."""
+        self.row = Row(tuple(prompt), params, seed, params.max_tokens)
+        self.top_logprobs, self.over = top_logprobs, False
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Drawn | Exception] = asyncio.Queue()
 
     def cancel(self) -> None:
-        """Give the row's place up; harmless when it has ended."""
+        """Give the place up; harmless when it has ended."""
         self.over = True
 
     async def next(self) -> Drawn:
@@ -107,91 +99,56 @@ class Row:
 
 
 class _Lane:
-    """One model, its cache, and the rows it writes."""
+    """One model, its batch, and who waits."""
 
     def __init__(self, chat: ChatModel) -> None:
         self.decoder = chat.engine.decoder
-        self.waiting: deque[Row] = deque()
-        self.active: list[Row] = []
-        self._reset_cache()
+        self.waiting: deque[Ticket] = deque()
+        self.active: list[Ticket] = []
+        self._empty()
 
-    def _reset_cache(self, rows: int = 4) -> None:
-        self._capacity = rows
-        self.cache: KVCache = self.decoder.new_cache(rows, rows=0)
+    def _empty(self) -> None:
+        self.active = []
+        self.batch = Batch(self.decoder, max_rows=4)  # grows with its rows
 
-    @torch.inference_mode()
     def step(self) -> None:
-        """Drop what is over, admit what waits, draw a token for every row."""
-        self._drop()
-        entering: list[Row] = []
-        while self.waiting and len(self.active) + len(entering) < _ROWS:
-            row = self.waiting.popleft()
-            if not row.over:
-                entering.append(row)
+        """Let go who is done, draw a token for every row, admit who waits."""
+        self._let_go()
         if self.active:
-            last = torch.tensor([[row.last] for row in self.active], device=self.decoder.device)
-            self._draw(self.active, self.decoder.forward(last, self.cache))
+            self._hand_out(self.active, self.batch.decode(1))
+        free = _ROWS - len(self.active)
+        entering = [self.waiting.popleft() for _ in range(min(free, len(self.waiting)))]
+        entering = [ticket for ticket in entering if not ticket.over]
         if entering:
-            self._admit(entering)
+            self.active += entering
+            self._hand_out(entering, self.batch.join([ticket.row for ticket in entering]))
 
-    def _drop(self) -> None:
-        finished = [index for index, row in enumerate(self.active) if row.over]
-        if finished:
-            self.active = [self.active[index] for index in self.cache.drop(finished)]
-        if not self.active and self.cache.columns:
-            self._reset_cache()  # give the memory of many and long rows back
+    def _let_go(self) -> None:
+        if gone := [number for number, ticket in enumerate(self.active) if ticket.over]:
+            self.batch.leave(gone)
+            holders = {id(ticket.row): ticket for ticket in self.active}
+            self.active = [holders[id(row)] for row in self.batch.rows]
+            if not self.active:
+                self._empty()  # give the memory of many and long rows back
 
-    def _admit(self, entering: list[Row]) -> None:
-        needed = len(self.active) + len(entering)
-        if needed > self._capacity:
-            held = self.cache
-            self._reset_cache(min(max(needed, 2 * self._capacity), _ROWS))
-            self.cache.append(held, range(held.rows))
-        for prompts in length_buckets(sorted({row.prompt for row in entering}, key=len)):
-            part = self.decoder.new_cache(len(prompts))
-            logits = self.decoder.feed(prompts, part)
-            place = {prompt: index for index, prompt in enumerate(prompts)}
-            rows = [row for row in entering if row.prompt in place]
-            sources = [place[row.prompt] for row in rows]
-            self.cache.append(part, sources)
-            self.active += rows
-            self._draw(rows, logits[torch.tensor(sources, device=logits.device)])
-
-    def _draw(self, rows: Sequence[Row], logits: Tensor) -> None:
-        """Draw the next token of each row from its logits (B, V) and hand it to whoever asked."""
-        uniform = uniforms([row.seed for row in rows], [row.written for row in rows], 1)[:, 0]
-        uniform = uniform.to(logits.device)
-        together: dict[Any, list[int]] = {}
-        for index, row in enumerate(rows):
-            params = row.params
-            together.setdefault((params.temperature, params.top_k, params.top_p, params.min_p), []).append(
-                index
-            )
-        tokens = [0] * len(rows)
-        for indices in together.values():
-            chosen, _ = sample(logits[indices], rows[indices[0]].params, uniform[indices])
-            for index, token in zip(indices, chosen.tolist(), strict=True):
-                tokens[index] = token
-        reported = [index for index, row in enumerate(rows) if row.top_logprobs is not None]
-        logprobs = dict(zip(reported, logits[reported].float().log_softmax(-1), strict=True))
-        for index, row in enumerate(rows):
-            row.last, row.written = tokens[index], row.written + 1
-            stopped = row.last in row.params.stop_token_ids
-            row_over = stopped or row.written == row.params.max_tokens
-            logprob, top = _report(logprobs.get(index), row.last, row.top_logprobs or 0)
-            row._hand_over(
-                Drawn(row.last, logprob, top, ("stop" if stopped else "length") if row_over else None)
-            )
-            row.over = row.over or row_over
+    def _hand_out(self, tickets: Sequence[Ticket], logits: Tensor) -> None:
+        """Give everybody the token just drawn from the logits (B, V)."""
+        asked = [index for index, ticket in enumerate(tickets) if ticket.top_logprobs is not None]
+        logprobs = dict(zip(asked, logits[asked].float().log_softmax(-1), strict=True))
+        for index, ticket in enumerate(tickets):
+            written = ticket.row.completion
+            logprob, top = _report(logprobs.get(index), written.token_ids[-1], ticket.top_logprobs or 0)
+            reason = written.finish_reason if ticket.row.finished else None
+            ticket._hand_over(Drawn(written.token_ids[-1], logprob, top, reason))
+            ticket.over = ticket.over or ticket.row.finished
 
     def fail(self, error: Exception) -> None:
         """Tell everybody, and start afresh."""
-        for row in (*self.active, *self.waiting):
-            row._hand_over(error)
-            row.over = True
+        for ticket in (*self.active, *self.waiting):
+            ticket._hand_over(error)
+            ticket.over = True
         self.waiting.clear()
-        self.active = []
-        self._reset_cache()
+        self._empty()
 
 
 def _report(logprobs: Tensor | None, token: int, count: int) -> tuple[float | None, list[tuple[int, float]]]:
@@ -219,8 +176,8 @@ class Batcher:
             self._changed.notify()
         self._thread.join()
 
-    def submit(self, chat: ChatModel, rows: Sequence[Row]) -> None:
-        """Have completions written; read them from the rows.
+    def submit(self, chat: ChatModel, tickets: Sequence[Ticket]) -> None:
+        """Have completions written; read them from the tickets.
 
         Raises:
             ContextOverflow: a prompt leaves no room.
@@ -228,13 +185,13 @@ class Batcher:
             NurtureError: a prompt is empty or holds ids the model does not know.
         """
         config = chat.model.config
-        for row in rows:
-            check_prompt(row.prompt, config.vocab_size, config.max_position)
+        for ticket in tickets:
+            check_prompt(ticket.row.prompt, config.vocab_size, config.max_position)
         with self._changed:
             _, lane = self._lanes.setdefault(id(chat), (chat, _Lane(chat)))
-            if len(lane.waiting) + len(rows) > _WAITING:
+            if len(lane.waiting) + len(tickets) > _WAITING:
                 raise Overloaded(f"{len(lane.waiting)} requests are waiting already. Try again in a moment.")
-            lane.waiting.extend(rows)
+            lane.waiting.extend(tickets)
             self._changed.notify()
 
     async def compute(self, work: Callable[[], Any]) -> Any:
@@ -265,8 +222,8 @@ class Batcher:
         with self._changed:
             lanes = [lane for _, lane in self._lanes.values()]
             return {
-                "active": sum(not row.over for lane in lanes for row in lane.active),
-                "waiting": sum(not row.over for lane in lanes for row in lane.waiting),
+                "active": sum(not ticket.over for lane in lanes for ticket in lane.active),
+                "waiting": sum(not ticket.over for lane in lanes for ticket in lane.waiting),
             }
 
     def _run(self) -> None:

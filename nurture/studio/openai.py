@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from nurture.inference.chat import ChatModel
 from nurture.inference.sampling import SamplingParams, sequence_seeds
-from nurture.studio.batcher import Batcher, Drawn, Row, check_prompt
+from nurture.studio.batcher import Batcher, Drawn, Ticket, check_prompt
 from nurture.studio.inspect import score_tokens, token_text
 from nurture.studio.library import Entry, Library
 from nurture.studio.requests import (
@@ -57,7 +57,7 @@ class Choice:
     """
 
     index: int
-    row: Row
+    ticket: Ticket
     tokenizer: Tokenizer
     text: StoppingText
     parts: ReplyParts | None = None
@@ -69,7 +69,7 @@ class Choice:
         """Yield new text and the token it came with; last what was held back, with no token."""
         try:
             while True:
-                drawn = await self.row.next()
+                drawn = await self.ticket.next()
                 self.drawn.append(drawn)
                 piece = "" if drawn.finish_reason == "stop" else self.text.add(drawn.token)
                 self.said += piece
@@ -81,7 +81,7 @@ class Choice:
             self.finish_reason = "stop" if self.text.stopped else drawn.finish_reason or "stop"
             yield rest, None
         finally:
-            self.row.cancel()
+            self.ticket.cancel()
 
     async def read(self) -> None:
         """Read to the end."""
@@ -188,14 +188,14 @@ class Api:
                 stop_token_ids=tuple(ends),
             )
             for _ in range(body.n):
-                row = Row(tuple(prompt), params, seeds[len(choices)], top_logprobs)
+                ticket = Ticket(prompt, params, seeds[len(choices)], top_logprobs)
                 text = StoppingText(tokenizer, body.stops, skip_special=not body.ignore_eos)
                 parts = None
                 if isinstance(body, ChatRequest):
                     with_tools = bool(body.tools) and body.tool_choice != "none"
                     parts = ReplyParts(_opens_thought(tokenizer, prompt), with_tools)
-                choices.append(Choice(len(choices), row, tokenizer, text, parts))
-        self.batcher.submit(chat, [choice.row for choice in choices])
+                choices.append(Choice(len(choices), ticket, tokenizer, text, parts))
+        self.batcher.submit(chat, [choice.ticket for choice in choices])
         return choices
 
     async def _echo(self, chat: ChatModel, prompt: Sequence[int], top: int | None) -> list[Drawn]:
@@ -244,7 +244,7 @@ class Api:
                 for task in following:
                     task.cancel()
                 for choice in choices:
-                    choice.row.cancel()
+                    choice.ticket.cancel()
 
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(events(), headers=headers, media_type="text/event-stream")
@@ -273,7 +273,7 @@ async def _read_all(request: Request, choices: Sequence[Choice]) -> None:
         leaving.cancel()
         reading.cancel()
         for choice in choices:
-            choice.row.cancel()
+            choice.ticket.cancel()
 
 
 # --- what was asked ---------------------------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def _chat_choice(choice: Choice) -> dict[str, Any]:
 
 
 def _chat_logprobs(choice: Choice, tokens: Sequence[Drawn]) -> dict[str, Any] | None:
-    if choice.row.top_logprobs is None:
+    if choice.ticket.top_logprobs is None:
         return None
 
     def one(token: int, logprob: float | None) -> dict[str, Any]:
@@ -433,7 +433,7 @@ async def _text_chunks(choice: Choice) -> AsyncIterator[dict[str, Any]]:
     offset = 0
     async for piece, drawn in choice.pieces():
         logprobs = None
-        if drawn is not None and choice.row.top_logprobs is not None:
+        if drawn is not None and choice.ticket.top_logprobs is not None:
             logprobs = _text_logprobs(choice.tokenizer, [drawn], offset)
             offset += len(logprobs["tokens"][0])
         if piece or logprobs:

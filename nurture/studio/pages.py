@@ -20,7 +20,7 @@ from nurture.inference.sampling import SamplingParams
 from nurture.pipeline import recall_world
 from nurture.rewards.learned import RewardModel, load_reward_model, score_replies
 from nurture.studio import label, play, watch
-from nurture.studio.batcher import Row, check_prompt
+from nurture.studio.batcher import Ticket, check_prompt
 from nurture.studio.inspect import candidates, score_tokens, token_text
 from nurture.studio.openai import Api
 from nurture.studio.requests import Body, Refused, answering, json_response, read_body
@@ -285,11 +285,11 @@ class Pages:
             temperature=body.temperature,
             stop_token_ids=tokenizer.stop_token_ids,
         )
-        row = Row(tuple(prompt), params, secrets.randbits(63), top_logprobs=0)
-        self.batcher.submit(chat, [row])
-        drawn = [await row.next()]
+        ticket = Ticket(prompt, params, secrets.randbits(63), top_logprobs=0)
+        self.batcher.submit(chat, [ticket])
+        drawn = [await ticket.next()]
         while drawn[-1].finish_reason is None:
-            drawn.append(await row.next())
+            drawn.append(await ticket.next())
         if len(game.conversation) != turn:
             raise Refused("the model is making this guess already")
         reply = tokenizer.decode([one.token for one in drawn], skip_special=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nurture.inference.decoder import Decoder
-from nurture.inference.engine import Completion, Engine
+from nurture.inference.engine import Batch, Completion, Engine, Row
 from nurture.inference.sampling import SamplingParams, sequence_seeds
 from nurture.model.config import ModelConfig
 from nurture.model.kv_cache import KVCache
@@ -168,6 +168,36 @@ def test_members_of_a_group_share_a_prefill_and_still_differ() -> None:
     assert len({tuple(completion.token_ids) for completion in group}) == 6
     for completion, seed in zip(group, sequence_seeds(1, 6), strict=True):
         assert_same(completion, Engine(model).generate([[5, 6, 7]], SamplingParams(max_tokens=12), [seed])[0])
+
+
+def test_rows_with_settings_of_their_own_join_and_leave_a_running_batch() -> None:
+    """Whoever else is there, a row becomes what `generate` makes of it alone; the cache grows from one row."""
+    model = make_model("llama")
+    settings = [
+        SamplingParams(max_tokens=20, temperature=0.0),
+        SamplingParams(max_tokens=31, temperature=0.7, top_p=0.8),
+        SamplingParams(max_tokens=9, temperature=1.3, top_k=40),
+        SamplingParams(max_tokens=40, stop_token_ids=tuple(range(20))),
+        SamplingParams(max_tokens=40, temperature=0.7, top_p=0.8, stop_token_ids=(7,)),
+        SamplingParams(max_tokens=1),
+    ]
+    rows = [Row(tuple(PROMPTS[n]), params, 1000 + n, params.max_tokens) for n, params in enumerate(settings)]
+    batch, waiting = Batch(Decoder(model, torch.float32), max_rows=1), list(rows)
+    for turn in range(60):
+        if waiting and turn % 3 == 0:
+            assert batch.join([waiting.pop(0)]).shape == (1, 150)
+        elif batch.rows:
+            assert batch.decode(1).shape == (len(batch.rows), 150)
+        batch.leave([number for number, row in enumerate(batch.rows) if row.finished])
+        if turn == 20:  # somebody gives up
+            gone = rows.index(batch.rows[0])
+            batch.leave([0])
+    assert not batch.rows
+    assert rows[gone].completion.token_ids
+    for number, row in enumerate(rows):
+        if number != gone:
+            (alone,) = Engine(model).generate([row.prompt], row.params, [row.seed])
+            assert_same(row.completion, alone)
 
 
 def test_bfloat16_stays_near_the_float32_logprobs() -> None:

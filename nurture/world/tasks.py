@@ -55,7 +55,7 @@ class Task:
     @property
     def thought(self) -> str | None:
         """What is thought before answering: the trace, in arithmetic digit by digit; None where there is none."""
-        return self.metadata["problem"].columns if self.kind == "arithmetic" else self.trace
+        return self.metadata["problem"].columns if "problem" in self.metadata else self.trace
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ def _said(*turns: tuple[str, str] | str) -> list[Message]:
 
 # how each kind of instruction is worded
 _WORDINGS = lexicon.table("""
+sums
+  - Work these out: {x} | What are {x}? | Calculate {x}.
 describe
   - Tell me about {f}. | Describe {f} in three sentences. | What do you know about {f}?
 code
@@ -153,6 +155,21 @@ def _arithmetic(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
         "answer": str(problem.answer),
         "trace": problem.trace,
         "group": " ".join(step.operation for step in problem.steps),
+        "metadata": {"problem": problem},
+    }
+
+
+def _sums(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
+    steps = tuple(arithmetic.draw_step(rng, split) for _ in range(rng.randint(2, 5)))
+    listed = ", ".join(map(str, steps))
+    answer = ", ".join(str(step.result) for step in steps)
+    problem = arithmetic.Problem(_word(rng, "sums", x=listed), answer, steps)
+    return {
+        "messages": _said(problem.question),
+        "demonstration": f"{answer}.",
+        "answer": answer,
+        "trace": problem.trace,
+        "group": f"{len(steps)} sums",
         "metadata": {"problem": problem},
     }
 
@@ -337,6 +354,8 @@ MAKERS: dict[str, Maker] = {
     "benign": _benign,
     "redteam": _redteam,
 }
+DRILLS: dict[str, Maker] = {"sums": _sums}
+"""Kinds that are made where they are named, and belong to no `world:tasks`: many small problems in one."""
 WORKED = ("fact", "arithmetic", "code", "wordle")
 """Kinds of task in which something is worked out: their tasks have thoughts."""
 SYSTEM_SHARE = 0.15
@@ -345,7 +364,7 @@ SYSTEM_SHARE = 0.15
 
 def make_task(rng: Random, kind: str, split: str, index: int, cast: TaskCast) -> Task:
     """Return one task; the caller names the randomness, so the task is a pure function of its address."""
-    fields = MAKERS[kind](rng, split, cast)
+    fields = (MAKERS | DRILLS)[kind](rng, split, cast)
     if rng.random() < SYSTEM_SHARE:
         fields["messages"].insert(0, {"role": "system", "content": pick(rng, talk.SYSTEM_MESSAGES)})
     return Task(kind=kind, split=split, index=index, **fields)
@@ -353,7 +372,7 @@ def make_task(rng: Random, kind: str, split: str, index: int, cast: TaskCast) ->
 
 def is_train_instance(task: Task) -> bool:
     """Return whether everything that is split by rule in `task` lies on the train side (used by tests and audits)."""
-    if task.kind == "arithmetic":
+    if "problem" in task.metadata:
         return all(step.split == "train" for step in task.metadata["problem"].steps)
     if task.kind == "code":
         return split_of(task.metadata["function"].key) == "train"

@@ -38,3 +38,17 @@ def test_a_thought_ends_in_the_answer() -> None:
         assert task.thought is not None
         assert task.thought.endswith(f" {task.answer}.")
         assert task.thought.count(":") == len(task.metadata["problem"].steps)
+
+
+def test_drills_are_many_sums_of_one_side() -> None:
+    world = World(0)
+    assert "sums" not in world.task_kinds, "world:tasks is as it was"
+    for split in ("train", "heldout"):
+        for index in range(30):
+            task = world.task("sums", split, index)
+            steps = task.metadata["problem"].steps
+            assert task.demonstration == ", ".join(str(step.result) for step in steps) + "."
+            assert task.thought == " ".join(step.columns() for step in steps)
+            assert split == "train" or all(step.split == "heldout" for step in steps)
+            assert world.grade(task, task.demonstration).gold == 1.0
+            assert world.grade(task, "1, 2.").correct is False

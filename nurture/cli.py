@@ -91,6 +91,7 @@ def _options(
         "nurture run tiny pretrain.optimizer.learning_rate=1e-3 seed=3 --out runs/tiny-seed3",
         "nurture run tiny --until pretrain",
         "nurture run tiny --from sft",
+        "nurture run runs/tiny",
     ),
 )
 def run(
@@ -111,12 +112,17 @@ def run(
 ) -> None:
     """Run a recipe: only the stages that are missing or whose inputs changed.
 
-    A second call runs nothing. A call after an interruption goes on where it stopped.
+    A second call runs nothing. A call after an interruption goes on where it stopped; the run's folder, in place of its
+    recipe, will do for that.
     """
+    from nurture import pipeline
     from nurture.stages.recipe import load_recipe
 
     recipe_name, overrides = _split_arguments(arguments)
-    recipe = load_recipe(recipe_name or "tiny", overrides)
+    if recipe_name and not overrides and (Path(recipe_name) / "run.json").is_file():
+        recipe, out = pipeline.recall(Path(recipe_name)), out or Path(recipe_name)
+    else:
+        recipe = load_recipe(recipe_name or "tiny", overrides)
     _run_and_report(recipe, out, until=until, from_stage=from_stage, force=force)
 
 

@@ -216,7 +216,7 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(token_ids)
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, cos, sin, document_ids, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, cos, sin, document_ids, cache, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, cos, sin, document_ids, cache)
         return self.final_norm(x_BTD)
@@ -239,7 +239,8 @@ class Transformer(nn.Module):
             position_ids: (B, T) or (1, T); default: 0, 1, 2 ... restarting in every document.
             document_ids: (B, T); attention stays inside equal ids. Padding has an id of its own (-1).
             cache: keys and values of earlier tokens; `token_ids` then follow them, and their positions too. No
-                gradient, no documents: the engine's way in is `inference/decoder.py`.
+                gradient, no documents: the engine's way in is `inference/decoder.py`. Or a row shared by processes, with
+                both: `context_parallel.py`.
             labels: (B, T) `token_ids` shifted left by one, `IGNORE_INDEX` where untrained.
             reduction: with labels: "none" for logprobs, "entropy" for entropies as well, "sum" for the summed loss.
             temperature: divides the logits before the softmax of the logprobs.

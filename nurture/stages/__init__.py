@@ -41,6 +41,15 @@ STAGES: dict[str, StageKind] = {
             "nurture pretrain --model runs/tiny/01-pretrain --data notes.txt optimizer.learning_rate=3e-4",
         ),
     ),
+    "extend": StageKind(
+        "nurture.stages.extend",
+        "Reach further back: longer rows, slower rotations, and YaRN past the trained length.",
+        (
+            "nurture extend --model runs/tiny/01-pretrain --data world:long --data world:web sequence_length=2048 "
+            "trained_length=256 tokens=1M yarn=2",
+            "nurture extend --model smollm2.gguf --data 'books/*.jsonl.gz' sequence_length=16384 minutes=60",
+        ),
+    ),
     "reason": StageKind(
         "nurture.stages.sft",
         "Reasoning mid-training: the stage `sft` on worked thoughts, with the questions in the loss, before it.",

@@ -13,9 +13,11 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from nurture.data.decontaminate import Decontaminator, evaluation_texts
 from nurture.data.mixture import MixtureBatches, MixturePhase, heldout_batches, normalised_weights
@@ -26,6 +28,7 @@ from nurture.evals.measure import Measure
 from nurture.evals.replies import ask
 from nurture.evals.world_card import world_card
 from nurture.losses.language import LanguageLoss
+from nurture.model.context_parallel import share_rows, shared_loss, spread_columns
 from nurture.model.transformer import Transformer
 from nurture.progress import progress_bar
 from nurture.recipe import Count
@@ -41,6 +44,7 @@ from nurture.stages.training import (
     train,
     write_result,
 )
+from nurture.types import BatchSource, LossFunction
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +53,9 @@ MOST_TOKENS_A_SECOND = 40_000
 """What a small machine trains on at best: with a time budget, no more of an endless source is written out."""
 
 
-class Config(TrainingConfig):
-    """Settings of pretraining. Give `tokens`, `steps` or `minutes`."""
+class TextConfig(TrainingConfig):
+    """Settings of every stage that reads a mixture of texts. Give `tokens`, `steps` or `minutes`."""
 
-    kind: Literal["pretrain"] = "pretrain"
     sources: dict[str, str]
     """Source name -> where its text comes from (files, globs, `world:SOURCE`, `hf:NAME`)."""
     phases: list[MixturePhase] = []
@@ -67,58 +70,31 @@ class Config(TrainingConfig):
     """One document in so many is held out, chosen by a hash of its content."""
     decontaminate: str | None = None
     """Evaluation rows whose text must not be trained on: documents sharing 13 words in a row with one are left out."""
+    whole_documents: bool = False
+    """What the end of a row cut off is read again, whole, in the next row, where it fits."""
+    context_parallel: PositiveInt = 1
+    """Processes that share every row, for rows too long for one; with `torchrun`."""
+
+
+class Config(TextConfig):
+    """Settings of pretraining."""
+
+    kind: Literal["pretrain"] = "pretrain"
 
 
 def run(config: Config, context: StageContext) -> None:
     """Pretrain and leave a base model in `context.directory`."""
-    session = open_session(config, context, tokens=_known_tokens(config))
-    train_shards, heldout_shards = open_shards(config, context, session)
-    phases = config.phases or [by_size(train_shards)]
-
-    def batches(steps: int) -> MixtureBatches:
-        return MixtureBatches(
-            train_shards,
-            phases,
-            steps=steps,
-            batch_size=config.batch_size,
-            sequence_length=config.sequence_length,
-            seed=session.seed,
-        )
+    session = open_session(config, context, tokens=known_tokens(config), shared_by=config.context_parallel)
+    shards = open_shards(config, context, session)
 
     def heldout_bits() -> dict[str, Measure]:
-        rows = max(1, config.execution.microbatch_tokens // config.sequence_length)
-        heldout = heldout_batches(
-            heldout_shards,
-            batch_size=rows,
-            sequence_length=config.sequence_length,
-            max_tokens=config.heldout_tokens,
-        )
-        bits = bits_per_byte(session.model, heldout, session.byte_lengths, session.execution)
-        return {f"bpb/{source}": measure for source, measure in bits.items()}
+        return bits_of_sources(config, session, shards[1], config.sequence_length)
 
-    loss_fn = LanguageLoss(session.byte_lengths)
     started = time.monotonic()
     before = remember(context.directory, "before", heldout_bits)
-    steps = plan_steps(
-        config,
-        context,
-        session,
-        batches,
-        loss_fn,
-        default_steps=_steps_of_tokens(config),
-        evaluation_seconds=time.monotonic() - started,
-    )
-    mixture = batches(steps)
-    report = train(
-        config,
-        context,
-        session,
-        mixture,
-        loss_fn,
-        steps,
-        lambda: {f"eval/{name}": measure.value for name, measure in heldout_bits().items()},
-    )
-    after = heldout_bits() | _shares(mixture.shares(0, steps))
+    seconds = time.monotonic() - started
+    reading = read_mixture(config, context, session, shards[0], heldout_bits, evaluation_seconds=seconds)
+    after = heldout_bits() | reading.shares
     base = session.whole()
     if base is None:
         return
@@ -126,20 +102,106 @@ def run(config: Config, context: StageContext) -> None:
     save_result_model(base, session.tokenizer, context.directory, answers=False)
     write_result(
         context.directory,
-        tokens=sum(report.tokens.values()),
+        tokens=reading.tokens,
         before=before | world_before,
         after=after | world_after,
         samples=samples,
-        notes={
-            "steps": steps,
-            "shares_by_phase": _shares_by_phase(mixture, steps),
-            "epochs": mixture.epochs(steps),
-        },
+        notes=reading.notes,
     )
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a stage read.
+
+    Attributes:
+        tokens: trained on.
+        shares: `share/SOURCE`.
+        notes: steps, shares by phase, epochs.
+    """
+
+    tokens: int
+    shares: dict[str, Measure]
+    notes: dict[str, Any]
+
+
+def read_mixture(
+    config: TextConfig,
+    context: StageContext,
+    session: Session,
+    shards: dict[str, Shard],
+    heldout_bits: Callable[[], dict[str, Measure]],
+    *,
+    evaluation_seconds: float,
+) -> Reading:
+    """Train on the mixture of `shards`.
+
+    Args:
+        heldout_bits: measured now and then; one measurement takes `evaluation_seconds`.
+    """
+    phases = config.phases or [by_size(shards)]
+    loss_fn: LossFunction = LanguageLoss(session.byte_lengths)
+    sharing = share_rows(config.context_parallel) if config.context_parallel > 1 else None
+    if sharing is not None:
+        loss_fn = shared_loss(loss_fn, sharing)
+
+    def read(mixture: MixtureBatches) -> BatchSource:
+        return mixture if sharing is None else spread_columns(mixture, sharing)
+
+    def mixture_of(steps: int) -> MixtureBatches:
+        return MixtureBatches(
+            shards,
+            phases,
+            steps=steps,
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            seed=session.seed,
+            whole_documents=config.whole_documents,
+        )
+
+    steps = plan_steps(
+        config,
+        context,
+        session,
+        lambda steps: read(mixture_of(steps)),
+        loss_fn,
+        default_steps=_steps_of_tokens(config),
+        evaluation_seconds=evaluation_seconds,
+    )
+    mixture = mixture_of(steps)
+    report = train(
+        config,
+        context,
+        session,
+        read(mixture),
+        loss_fn,
+        steps,
+        lambda: {f"eval/{name}": measure.value for name, measure in heldout_bits().items()},
+    )
+    notes = {
+        "steps": steps,
+        "shares_by_phase": _shares_by_phase(mixture, steps),
+        "epochs": mixture.epochs(steps),
+    }
+    return Reading(sum(report.tokens.values()), _shares(mixture.shares(0, steps)), notes)
+
+
+def bits_of_sources(
+    config: TextConfig, session: Session, shards: dict[str, Shard], row_length: int
+) -> dict[str, Measure]:
+    """Return `bpb/SOURCE` of every held-out shard, in rows of `row_length` tokens."""
+    heldout = heldout_batches(
+        shards,
+        batch_size=max(1, config.execution.microbatch_tokens // row_length),
+        sequence_length=row_length,
+        max_tokens=config.heldout_tokens,
+    )
+    bits = bits_per_byte(session.model, heldout, session.byte_lengths, session.execution)
+    return {f"bpb/{source}": measure for source, measure in bits.items()}
+
+
 def open_shards(
-    config: Config, context: StageContext, session: Session
+    config: TextConfig, context: StageContext, session: Session
 ) -> tuple[dict[str, Shard], dict[str, Shard]]:
     """Tokenise every source, or find it tokenised: (training shards, held-out shards) by source name."""
     decontaminator = None
@@ -186,9 +248,9 @@ def open_shards(
     return train_shards, heldout_shards
 
 
-def _wanted_tokens(config: Config, session: Session, source: str) -> int:
+def _wanted_tokens(config: TextConfig, session: Session, source: str) -> int:
     """Return how much of an endless source to write out: what the schedule will read of it, and a little more."""
-    total = _known_tokens(config)
+    total = known_tokens(config)
     if total is None:
         speed = CPU_FLOPS_GUESS / (6 * session.model.config.parameter_count())
         total = int((config.minutes or 0) * 60 * min(speed, MOST_TOKENS_A_SECOND))
@@ -211,13 +273,13 @@ def by_size(shards: dict[str, Shard]) -> MixturePhase:
     )
 
 
-def _known_tokens(config: Config) -> int | None:
+def known_tokens(config: TextConfig) -> int | None:
     if config.steps is not None:
         return config.steps * config.batch_size * config.sequence_length
     return config.tokens
 
 
-def _steps_of_tokens(config: Config) -> int | None:
+def _steps_of_tokens(config: TextConfig) -> int | None:
     if config.tokens is None:
         return None
     return max(1, config.tokens // (config.batch_size * config.sequence_length))
@@ -240,10 +302,14 @@ def _shares_by_phase(mixture: MixtureBatches, steps: int) -> list[dict[str, floa
 
 
 def _look_at(
-    config: Config, context: StageContext, session: Session, base: Transformer
+    config: TextConfig, context: StageContext, session: Session, base: Transformer
 ) -> tuple[dict[str, Measure], dict[str, Measure], list[dict[str, object]]]:
     """Return world measures before and after, and samples of the base model going on with a text."""
     tokenizer = session.tokenizer
+    if (
+        tokenizer.chat_template is None
+    ):  # of a base model; what it makes of the chat format is asked all the same
+        tokenizer = tokenizer.with_chat_template()
     if not any(spec.startswith("world:") for spec in config.sources.values()):
         prompts = ["The", "In the", "def "]
         replies = ask(base, tokenizer, prompts, max_tokens=60, temperature=0.8, seed=session.seed)

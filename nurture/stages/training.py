@@ -89,6 +89,8 @@ class Session:
     seed: int
     opened: float
     """time.monotonic() when the stage began."""
+    trained_position: int
+    """`max_position` of the start."""
     evaluations: int = MOST_EVALUATIONS
     """How many evaluations there are over the stage, where the recipe does not say."""
 
@@ -108,13 +110,21 @@ class Session:
 
 
 def open_session(
-    config: TrainingConfig, context: StageContext, *, tokens: int | None, head: Head = "lm"
+    config: TrainingConfig,
+    context: StageContext,
+    *,
+    tokens: int | None,
+    head: Head = "lm",
+    longest: int = 0,
+    shared_by: int = 1,
 ) -> Session:
     """Load the start checkpoint or build fresh weights, and prepare model and optimizer for training.
 
     Args:
         tokens: how many will be trained on, if that is known already (it decides whether compiling pays).
         head: "scalar" for a reward or value model; a language model gets a fresh one.
+        longest: raise the model's `max_position` to this, where it is below.
+        shared_by: processes that share every row.
 
     Raises:
         NurtureError: there is no tokenizer, the checkpoint is damaged, or rows are longer than the model's context.
@@ -132,15 +142,19 @@ def open_session(
     else:
         shape = {**(context.model or {}), "vocab_size": tokenizer.vocab_size}
         model = Transformer(ModelConfig.model_validate(shape), head)
+    trained_position = model.config.max_position
+    if longest > trained_position:
+        model.config = model.config.model_copy(update={"max_position": longest})
     if config.sequence_length > model.config.max_position:
         raise NurtureError(
             f"stage '{config.name}': sequence_length is {config.sequence_length}, but the model's context is "
             f"{model.config.max_position} (max_position). Shorten the rows, or extend the model."
         )
-    if config.batch_size % processes.world_size:
+    sharers = max(1, processes.world_size // shared_by)
+    if config.batch_size % sharers:
         raise NurtureError(
-            f"stage '{config.name}': batch_size is {config.batch_size}, which {processes.world_size} processes cannot "
-            f"share equally. Choose a multiple of {processes.world_size}."
+            f"stage '{config.name}': batch_size is {config.batch_size}, which {sharers} processes cannot share "
+            f"equally. Choose a multiple of {sharers}."
         )
     flops = 6.0 * model.config.parameter_count() * tokens if tokens else 0.0
     if config.minutes:
@@ -149,7 +163,8 @@ def open_session(
     if config.lora is not None:
         add_adapters(model, config.lora)
     prepare(model, execution)
-    return Session(model, tokenizer, build_optimizer(model, config.optimizer), execution, seed, opened)
+    optimizer = build_optimizer(model, config.optimizer)
+    return Session(model, tokenizer, optimizer, execution, seed, opened, trained_position)
 
 
 def plan_steps(

@@ -239,8 +239,8 @@ class Transformer(nn.Module):
             position_ids: (B, T) or (1, T); default: 0, 1, 2 ... restarting in every document.
             document_ids: (B, T); attention stays inside equal ids. Padding has an id of its own (-1).
             cache: keys and values of earlier tokens; `token_ids` then follow them, and their positions too. No
-                gradient, no documents: the engine's way in is `inference/decoder.py`. Or a row shared by processes, with
-                both: `context_parallel.py`.
+                gradient, no documents: the engine's way in is `inference/decoder.py`. Or (with both) a row shared by
+                processes: `context_parallel.py`.
             labels: (B, T) `token_ids` shifted left by one, `IGNORE_INDEX` where untrained.
             reduction: with labels: "none" for logprobs, "entropy" for entropies as well, "sum" for the summed loss.
             temperature: divides the logits before the softmax of the logprobs.

@@ -378,6 +378,7 @@ class Exam:
                     "reward": None if math.isnan(rollout.reward) else round(rollout.reward, 4),
                     "finished": rollout.finished,
                 }
+                | ({"messages": rollout.messages} if rollout.turns > 1 else {})  # the studio replays games
                 for rollout in rollouts[:12]
             ]
         return sitting

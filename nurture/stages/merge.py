@@ -3,7 +3,8 @@
 Input: the start and further checkpoints of the same shape: stages of the run, folders, .gguf files. Nothing is trained;
 weights are combined tensor by tensor (model/merging.py), so that memory holds one tensor of each model. With `sweep`,
 several shares of the start are tried and the one with the best score on held-out prompts is taken; those prompts are
-others than the ones the result is measured on. SmolLM3: 0.9 of the soup of its APO checkpoints and 0.1 of the
+others than the ones the result is measured on. `compare` names further models to stand in the table beside start and
+result: what training cost, and what merging gave back. SmolLM3: 0.9 of the soup of its APO checkpoints and 0.1 of the
 mid-training checkpoint, which brought its long context back.
 
 Main failure mode: the models are too far apart, and every mixture is worse than both: the table in `result.json`
@@ -31,6 +32,7 @@ from nurture.data.shards import shard_source
 from nurture.data.sources import make_world
 from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
+from nurture.evals.long_context import accuracy, find_again
 from nurture.evals.measure import Measure
 from nurture.evals.win_rate import (
     gold_measures,
@@ -64,7 +66,7 @@ _SELECTION = 5_000
 class Config(StageConfig):
     """Settings of merging."""
 
-    references: ClassVar[tuple[str, ...]] = ("models", "base")
+    references: ClassVar[tuple[str, ...]] = ("models", "base", "compare")
 
     kind: Literal["merge"] = "merge"
     models: list[str] = Field(min_length=1)
@@ -94,6 +96,10 @@ class Config(StageConfig):
     """Longest reply to them."""
     temperature: NonNegativeFloat = 1.0
     """Of these replies."""
+    lengths: list[PositiveInt] = []
+    """Lengths in tokens at which notes of the world must be found again: `passkey/LENGTH`."""
+    compare: list[str] = []
+    """Earlier stages or checkpoints that are measured too, for the table."""
     data: dict[str, str] = {}
     """Sources of text to measure `bpb/SOURCE` on."""
     heldout_tokens: PositiveInt = 8192
@@ -115,9 +121,10 @@ class Config(StageConfig):
             raise ValueError(f"slerp merges the start with one model, got {len(self.models)}")
         if (self.base is not None) != self.method.startswith(("ties", "dare")):
             raise ValueError("base is needed by ties and dare, and by no other method")
-        if self.sweep and not (self.prompts or self.data):
+        if self.sweep and not (self.prompts or self.data or self.lengths):
             raise ValueError(
-                "a sweep needs something to be scored on: prompts, or data with score: [bpb/SOURCE]"
+                "a sweep needs something to be scored on: prompts, or data with score: [bpb/SOURCE], or lengths with"
+                " score: [passkey/LENGTH]"
             )
         return self
 
@@ -136,7 +143,11 @@ def _merge(config: Config, context: StageContext, start: Path) -> None:
     tokenizer = load_tokenizer(start)
     exam = _Exam(config, context, tokenizer)
     target = context.directory / "model"
-    before = remember(context.directory, "before", lambda: exam.measures(load_model(start)))
+    beside = {
+        name: remember(context.directory, f"beside-{place}", partial(_measured, exam, context.models[name]))
+        for place, name in enumerate(config.compare)
+    }
+    before = remember(context.directory, "before", partial(_measured, exam, start))
     share, table = config.share, list[dict[str, float]]()
     if config.sweep:
         share, table = choose_share(config, context, exam)
@@ -160,6 +171,7 @@ def _merge(config: Config, context: StageContext, start: Path) -> None:
                 zip(["start", *config.models], config.weights or shares_of(config, share), strict=True)
             ),
             "sweep": table,
+            "table": table_of({**beside, "start": before, "merged": after}),
             "merge_seconds": round(seconds, 3),
         },
     )
@@ -189,6 +201,18 @@ def choose_share(config: Config, context: StageContext, exam: _Exam) -> tuple[fl
         log.info("share %g of the start: score %.4f", share, table[-1]["score"])
     best = max(table, key=lambda line: line["score"])
     return best["share"], table
+
+
+def _measured(exam: _Exam, path: Path) -> dict[str, Measure]:
+    return exam.measures(load_model(path))
+
+
+def table_of(models: dict[str, dict[str, Measure]]) -> list[dict[str, Any]]:
+    """Return a line of values for each model, in order: what a stage cost, and what the merge gave back."""
+    return [
+        {"model": name, **{key: round(measure.value, 6) for key, measure in measures.items()}}
+        for name, measures in models.items()
+    ]
 
 
 def _tried(config: Config, context: StageContext, exam: _Exam, share: float) -> dict[str, Measure]:
@@ -267,6 +291,8 @@ class _Exam:
         self.world: World | None = make_world(context.world) if spec else None
         self.kinds = named_kinds(spec, self.world) if self.world else ()
         self.texts = _heldout_texts(config, context, tokenizer)
+        self.hay: World | None = make_world(context.world) if config.lengths else None
+        self.execution = decide_execution(ExecutionConfig(compile="off"))
 
     def measures(self, model: Transformer, first: int = 0) -> dict[str, Measure]:
         """Return everything measured; `first` is the index of the first held-out prompt."""
@@ -278,10 +304,13 @@ class _Exam:
             measures |= gold_measures(graded)
             measures["cloze"] = cloze_accuracy(model, self.tokenizer, self.world, n=100)
             self.samples = gold_samples(graded, first)
+        if self.hay is not None:
+            where: dict[str, Any] = {"lengths": config.lengths, "execution": self.execution}
+            cells = find_again(model, self.tokenizer, self.hay, kinds=("passkey",), each=8, **where)
+            measures |= {f"passkey/{length}": accuracy(cells, "passkey", length) for length in config.lengths}
         if self.texts:
-            execution = decide_execution(ExecutionConfig(compile="off"))
             lengths = torch.from_numpy(self.tokenizer.token_byte_lengths)
-            bits = bits_per_byte(model, self.texts, lengths, execution)
+            bits = bits_per_byte(model, self.texts, lengths, self.execution)
             measures |= {f"bpb/{source}": measure for source, measure in bits.items()}
         return measures
 

@@ -76,6 +76,13 @@ def test_methods_with_a_base_give_the_base_back_where_nothing_changed(
         torch.testing.assert_close(ours, base)
 
 
+def test_what_training_cost_stands_beside_what_merging_gave_back(models, tmp_path: Path) -> None:
+    result = run(models, tmp_path / "stage", compare=["c"], lengths=[40, 80], share=1.0)
+    assert {"passkey/40", "passkey/80"} <= set(result["metrics"])
+    assert [line["model"] for line in result["table"]] == ["c", "start", "merged"]
+    assert result["table"][1]["passkey/40"] == result["table"][2]["passkey/40"]
+
+
 def test_everything_is_measured_before_and_after(models, tmp_path: Path) -> None:
     result = run(
         models,

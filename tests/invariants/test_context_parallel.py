@@ -52,7 +52,7 @@ class Rows:
     def __call__(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
         token_ids = torch.arange(48).view(2, 24) + 100 * rank
         ids = torch.tensor([0] * 9 + [1] * 10 + [2] * 5).expand(2, 24)
-        return Batch(token_ids, token_ids + 1, token_ids % 24, ids, torch.zeros_like(ids))
+        return Batch(token_ids, token_ids + 1, torch.arange(24).repeat(2, 1), ids, torch.zeros_like(ids))
 
     def epochs(self, step: int) -> dict[str, float]:
         return {}

@@ -13,9 +13,10 @@ lesson: a defence that keeps harm away by learning nothing shows as that.
 
 Defences: `filter`, a word list that knows only some of the bad words drops conversations before they are learned;
 `anchor`, the loss adds coefficient times KL(model before || model now) at every learned position. For one position the
-minimum of cross-entropy with the users' distribution q plus beta KL(p0 || p) is p = (q + beta p0) / (1 + beta): with
-beta > 1 what the model was sure of stays the likelier. Main failure mode of both: measured on the attack they were made
-for. Real filters meet spellings that nobody listed, which is why this one knows a part of the words only.
+minimum of cross-entropy with the users' distribution q plus beta KL(p0 || p) is p = (q + beta p0) / (1 + beta): what
+the model was sure of stays likelier than what a share of beta or less of the users say. So an anchor alone trades the
+lesson for safety, and a filter that makes abuse rarer lets a weak anchor do. Main failure mode of both: measured on the
+attack they were made for. Real filters meet spellings that nobody listed, so this one knows a part of the words only.
 
 Sources: P. Lee, "Learning from Tay's introduction", Microsoft 2016; Qi et al., arXiv 2310.03693 (a few updates undo
 safety); the anchor as in InstructGPT's KL term, arXiv 2203.02155, and Qi et al., arXiv 2406.05946, section 4.
@@ -78,7 +79,7 @@ class TayConfig(Section):
     """Tokens in a row."""
     measured: PositiveInt = 3
     """Measurements along the first pass of the undefended day; each pass after it is measured at its end."""
-    anchor: PositiveFloat = 1.0
+    anchor: PositiveFloat = 0.5
     """Coefficient of the KL to the model before."""
     shots: PositiveInt = 3
     """Hostile conversations in the prompt."""

@@ -110,16 +110,17 @@ LADDER = {
 
 
 PEOPLE = {
-    "best": 0.35,
-    "twin": 0.2,
-    "rambling": 0.2,
-    "curt": 0.1,
-    "repetitive": 0.08,
-    "truncated": 0.05,
-    "off topic": 0.02,
+    "best": 0.2,
+    "twin": 0.15,
+    "rambling": 0.28,
+    "curt": 0.12,
+    "repetitive": 0.12,
+    "truncated": 0.1,
+    "off topic": 0.03,
 }
-"""How often people who are asked to demonstrate write answers of each quality. Preferences have something to say only
-about a model that imitates such people; one that learned from perfect answers alone leaves nothing to prefer."""
+"""How often people who are asked to demonstrate write answers of each quality. No fault is as common as a good answer,
+so the likeliest reply of a model that imitates them is good while most of its sampled ones are not: that leaves
+preferences something to teach, and a model that learned from perfect answers alone leaves nothing."""
 
 
 def somebodys_answer(rng: Random, task: Task) -> str:

@@ -13,7 +13,7 @@ import json
 import os
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -112,6 +112,24 @@ def summary(run: Path) -> dict[str, Any]:
     }
 
 
+def agreement_with_scores(scored: Iterable[tuple[Mapping[str, Any], Sequence[float]]]) -> dict[str, Any]:
+    """Return how often scores, such as rewards, order two answers as the labelers did who ordered them.
+
+    Args:
+        scored: rows of rankings, each with a score for every answer.
+    """
+    pairs = [(_ranking(row), _order(scores)) for row, scores in scored]
+    agreed = agreement(pairs)
+    return {"ordered": agreed.ordered, "pairs": agreed.ordered_pairs}
+
+
+def _order(scores: Sequence[float]) -> Ranking:
+    return tuple(
+        tuple(index for index, score in enumerate(scores) if score == value)
+        for value in sorted(set(scores), reverse=True)
+    )
+
+
 def open_comparison(run: Path, labeler: str, skipped: Collection[str] = ()) -> dict[str, Any] | None:
     """Return answers that others have ranked and `labeler` has not, without their ranking.
 
@@ -145,5 +163,5 @@ def comparison_key(row: Mapping[str, Any]) -> str:
     return json.dumps([row["prompt"], row["responses"]], sort_keys=True)
 
 
-def _ranking(row: dict[str, Any]) -> Ranking:
+def _ranking(row: Mapping[str, Any]) -> Ranking:
     return parse_ranking(row["ranking"], len(row["responses"]), "labels")

@@ -15,11 +15,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nurture.data.sources import make_world
+from nurture.environments.wordle import WordleConfig, word_lists
 from nurture.inference.chat import ChatModel
 from nurture.inference.sampling import SamplingParams
+from nurture.model.hugging_face import CONFIG
 from nurture.pipeline import recall_world
 from nurture.rewards.learned import RewardModel, load_reward_model, score_replies
-from nurture.studio import label, play, watch
+from nurture.studio import label, play, steer, watch
 from nurture.studio.batcher import Ticket, check_prompt
 from nurture.studio.inspect import candidates, score_tokens, token_text
 from nurture.studio.openai import Api
@@ -38,6 +40,9 @@ _PROMPT_KINDS = (
     "chat",
     "benign",
 )
+
+_COMPARED = 200
+"""Newest rankings that are compared with the reward model."""
 
 
 class TextBody(Body):
@@ -83,6 +88,23 @@ class DemonstrationBody(Body):
     reply: str = Field(min_length=1)
 
 
+class Steering(Body):
+    """What a run shall do."""
+
+    at_once: bool = False
+    """Stop it without letting it finish what it is doing."""
+
+
+class ReplayTurn(Body):
+    """One of the model's turns in an episode of a run."""
+
+    run: str
+    stage: str
+    index: int = Field(ge=0)
+    turn: int = Field(ge=0)
+    model: str
+
+
 class NewGame(Body):
     """A new game of Wordle."""
 
@@ -110,7 +132,7 @@ class Pages:
     def __init__(self, api: Api) -> None:
         self.api, self.library, self.batcher = api, api.library, api.batcher
         self.table = play.Table()
-        self._reward_models: dict[Path, RewardModel] = {}
+        self._reward_models: dict[tuple[Path, float], tuple[RewardModel, dict[str, list[float]]]] = {}
 
     def routes(self) -> list[Route]:
         """Return what to serve."""
@@ -124,8 +146,12 @@ class Pages:
             f"{stage}/samples": self.samples,
             f"{run}/labels": self.labels,
             f"{run}/prompts": self.prompts,
+            f"{run}/episodes": self.episodes,
         }
         post: dict[str, Callable[[Request], Any]] = {
+            f"{run}/stop": self.stop,
+            f"{run}/resume": self.resume,
+            "/studio/play/replay": self.replay_turn,
             "/studio/tokens": self.tokens,
             "/studio/tokens/next": self.next_token,
             "/studio/labels/ranking": self.save_ranking,
@@ -200,6 +226,18 @@ class Pages:
         stage = request.path_params["stage"]
         return json_response({"samples": await asyncio.to_thread(watch.samples, self._run(request), stage)})
 
+    async def stop(self, request: Request) -> Response:
+        """Stop a run."""
+        body = await read_body(request, Steering)
+        await asyncio.to_thread(steer.stop, self._run(request), body.at_once)
+        return json_response({})
+
+    async def resume(self, request: Request) -> Response:
+        """Have a run go on."""
+        await read_body(request, Steering)  # JSON, which other sites' forms cannot send
+        await asyncio.to_thread(steer.resume, self._run(request))
+        return json_response({})
+
     def _run(self, request: Request) -> Path:
         return self.library.run_folder(request.path_params["run"])
 
@@ -209,7 +247,7 @@ class Pages:
         """Say who has labelled what, and what is open for a labeler."""
         run, labeler = self._run(request), request.query_params.get("labeler", "")
         open_one = await asyncio.to_thread(label.open_comparison, run, labeler) if labeler else None
-        return json_response({"summary": await asyncio.to_thread(label.summary, run), "open": open_one})
+        return json_response({"summary": await self._summary(run), "open": open_one})
 
     async def prompts(self, request: Request) -> Response:
         """Draw prompts of the run's world, of every kind."""
@@ -225,8 +263,8 @@ class Pages:
         run = self.library.run_folder(body.run)
         record = body.model_dump(exclude={"run"}, exclude_none=True)
         new = await asyncio.to_thread(label.save, run, label.RANKINGS, record)
-        rewards = await self._rewards(run, body)
-        return json_response({"saved": new, "rewards": rewards, "summary": label.summary(run)})
+        rewards = await self._rewards(run, record)
+        return json_response({"saved": new, "rewards": rewards, "summary": await self._summary(run)})
 
     async def save_demonstration(self, request: Request) -> Response:
         """Keep a demonstration."""
@@ -235,19 +273,31 @@ class Pages:
         said = [*body.prompt, {"role": "assistant", "content": body.reply}]
         record = {"messages": said, "id": body.id, "labeler": body.labeler}
         new = await asyncio.to_thread(label.save, run, label.DEMONSTRATIONS, record)
-        return json_response({"saved": new, "summary": label.summary(run)})
+        return json_response({"saved": new, "summary": await self._summary(run)})
 
-    async def _rewards(self, run: Path, body: RankingBody) -> list[float] | None:
+    async def _summary(self, run: Path) -> dict[str, Any]:
+        """Say who has labelled how much, and how far they agree with each other and with the reward model."""
+        rows = (await asyncio.to_thread(label.read, run, label.RANKINGS))[-_COMPARED:]
+        scored = [(row, scores) for row in rows if (scores := await self._rewards(run, row))]
+        with_rewards = label.agreement_with_scores(scored) if scored else None
+        return await asyncio.to_thread(label.summary, run) | {"reward_model": with_rewards}
+
+    async def _rewards(self, run: Path, row: dict[str, Any]) -> list[float] | None:
+        """Return the reward of each answer that was ranked, None where the run has no reward model."""
         folder = await asyncio.to_thread(label.reward_model_folder, run)
         if folder is None:
             return None
-        if folder not in self._reward_models:
-            self._reward_models[folder] = await asyncio.to_thread(load_reward_model, folder)
-        reward_model, prompts = self._reward_models[folder], [body.prompt] * len(body.responses)
-        scores = await self.batcher.compute(
-            lambda: score_replies(reward_model, prompts, body.responses)  # type: ignore[arg-type]
-        )
-        return [float(score) for score in scores]
+        model_key = (folder, (folder / CONFIG).stat().st_mtime)  # one that was trained again is another
+        if model_key not in self._reward_models:
+            self._reward_models.clear()
+            self._reward_models[model_key] = (await asyncio.to_thread(load_reward_model, folder), {})
+        reward_model, known = self._reward_models[model_key]
+        answers = label.comparison_key(row)
+        if answers not in known:
+            prompts, responses = [row["prompt"]] * len(row["responses"]), row["responses"]
+            scores = await self.batcher.compute(lambda: score_replies(reward_model, prompts, responses))
+            known[answers] = [float(score) for score in scores]
+        return known[answers]
 
     # --- play -------------------------------------------------------------------------------------------------------
 
@@ -255,6 +305,33 @@ class Pages:
         """Begin a game."""
         body = await read_body(request, NewGame)
         return json_response(self.table.begin(body.seed))
+
+    async def episodes(self, request: Request) -> Response:
+        """List the games that stages have left, turn by turn."""
+        found = await asyncio.to_thread(watch.episodes, self._run(request))
+        return json_response({"episodes": [one | play.replay(one.pop("messages")) for one in found]})
+
+    async def replay_turn(self, request: Request) -> Response:
+        """Say how probable a model finds what was said in one turn, and which words it would have said."""
+        body = await read_body(request, ReplayTurn)
+        _, chat = await self.api.loaded(body.model)
+        if chat.tokenizer.chat_template is None:
+            raise Refused(f"{body.model} is a base model and takes no turns", "model")
+        found = await asyncio.to_thread(watch.episodes, self.library.run_folder(body.run))
+        messages = next(
+            (e["messages"] for e in found if (e["stage"], e["index"]) == (body.stage, body.index)), []
+        )
+        if body.turn >= len(messages) or messages[body.turn]["role"] != "assistant":
+            raise Refused("there is no such turn of the model", "turn")
+        before, said = messages[: body.turn], str(messages[body.turn].get("content") or "")
+        prompt = chat.tokenizer.encode_prompt(before)
+        token_ids = [*prompt, *chat.tokenizer.encode(said), chat.tokenizer.end_of_turn_id]
+        check_prompt(token_ids, chat.model.config.vocab_size, chat.model.config.max_position + 1)
+        scored = await self.batcher.compute(lambda: score_tokens(chat.model, token_ids))
+        words = word_lists(WordleConfig())[1]
+        likely = await self.batcher.compute(lambda: play.likely_words(chat, before, words, 6))
+        logprob = sum(one.logprob or 0.0 for one in scored[len(prompt) :])
+        return json_response({"probability": math.exp(logprob), "likely": likely})
 
     async def person_guess(self, request: Request) -> Response:
         """Take the person's guess."""

@@ -9,6 +9,7 @@ word it reports.
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from nurture.environments.wordle import Wordle, guess_in
 from nurture.errors import NurtureError
 from nurture.inference.chat import ChatModel
 from nurture.types import Message
-from nurture.world.wordle import bracketed
+from nurture.world.grading import without_thoughts
+from nurture.world.wordle import bracketed, feedback
 
 _GAMES = 200
 """Games kept; the oldest is forgotten."""
@@ -91,6 +93,24 @@ def model_turn(game: Game, reply: str) -> dict[str, Any]:
     if not game.person.over:  # the person is still looking for it
         outcome |= {"secret": None, "says": ""}
     return {"reply": reply, "guess": guess_in(reply)} | outcome
+
+
+def replay(messages: Sequence[Message]) -> dict[str, Any]:
+    """Return an episode turn by turn; of a finished Wordle game also the secret and the marks of every guess."""
+    said = [str(message.get("content") or "") for message in messages]
+    told = re.search(r"The word was \[([^\]]*)\]", said[-1])
+    secret = guess_in(f"[{told[1]}]") if told else None
+    turns: list[dict[str, Any]] = []
+    for number, (message, text) in enumerate(zip(messages, said, strict=True)):
+        turn: dict[str, Any] = {"role": message["role"], "text": text}
+        if secret and message["role"] == "assistant":
+            guess = guess_in(without_thoughts(text))
+            # What came next was an explanation instead of marks: the guess did not count.
+            refused = number + 2 < len(said) and not re.search(r"\b[GYX]( [GYX])*\b", said[number + 1])
+            if guess and len(guess) == len(secret) and not refused:
+                turn |= {"guess": guess, "marks": feedback(guess, secret)}
+        turns.append(turn)
+    return {"turns": turns, "secret": secret}
 
 
 def model_gives_up(game: Game) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A run as it is on disk, while it runs and afterwards: its stages, their curves, their samples, the report.
 
-Only reads. Curves grow by asking for what lies past an offset of `metrics.jsonl`, so a page that stays open costs a few
-lines a second. A stage is *running* when the process that holds the run's lock is alive and this is its next stage.
+Only reads; `steer` stops and resumes. Curves grow by asking for what lies past an offset of `metrics.jsonl`, so a page
+that stays open costs a few lines a second. A stage is *running* when the process that holds the run's lock is alive and
+this is its next stage.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from nurture import files, pipeline
 from nurture.errors import NurtureError
 from nurture.report.table import collect, finished_stages
+from nurture.studio import steer
 from nurture.studio.library import UnknownModel
 
 _MOST_BYTES = 2 << 20
@@ -50,7 +53,7 @@ def stage_map(run: Path) -> dict[str, Any]:
             | {"reason": "", "from": names[:index][-1:]}
             for index, name in enumerate(names)
         ]
-    alive = is_running(run)
+    alive, problem = is_running(run), steer.failure(run) or problem
     current = next((row["name"] for row in rows if row["status"] != "fresh"), None) if alive else None
     for row in rows:
         folder = folders.get(row["name"])
@@ -60,11 +63,23 @@ def stage_map(run: Path) -> dict[str, Any]:
         if row["name"] in finished and folder is not None:
             result = files.read_json(folder / "result.json", f"Delete {folder} and run again.")
             row |= {"seconds": result.get("seconds"), "tokens": result.get("tokens")}
-    return {"run": run.resolve().name, "running": alive, "problem": problem, "stages": rows}
+    open_stages = any(row["status"] != "fresh" for row in rows)
+    return {
+        "run": run.resolve().name,
+        "running": alive,
+        "problem": problem,
+        "can_stop": bool(steer.holder(run)),
+        "can_resume": not alive and open_stages and (run / "run.json").is_file(),
+        "stages": rows,
+    }
 
 
 def is_running(run: Path) -> bool:
-    """Return whether the process that holds the run's lock is alive."""
+    """Return whether a process works on the run."""
+    if steer.is_starting(run) or steer.holder(run):
+        return True
+    if sys.platform == "linux":
+        return False
     try:
         holder = re.search(r"\d+", (run / ".lock").read_text(encoding="utf-8"))
         if holder is None:
@@ -107,6 +122,17 @@ def samples(run: Path, stage: str) -> list[Any]:
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - _MOST_BYTES))
         return _json_lines(file.read())[-200:]
+
+
+def episodes(run: Path) -> list[dict[str, Any]]:
+    """Return the games among all stages' samples: `stage`, `index` among its samples, task, reward, messages."""
+    return [
+        {"stage": name, "index": index}
+        | {key: row.get(key) for key in ("task", "reward", "finished", "messages")}
+        for name in _folders(run)
+        for index, row in enumerate(samples(run, name))
+        if isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]
+    ]
 
 
 def report(run: Path) -> dict[str, Any]:

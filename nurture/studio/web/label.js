@@ -76,19 +76,47 @@ export function makePage({ models, runs }) {
 
   function draw(after) {
     if (!answers) return ranked.replaceChildren();
+    const places = answers.responses.map((_, place) => place);
     const focused = document.activeElement?.dataset?.place;
     const text = rankingText();
     ranked.replaceChildren(
-      el("p", { class: "hint small" }, "Give each answer a place, 1 is best; the same place is a tie. With an answer focused, keys 1 to 4 do it."),
+      el("p", { class: "hint small" }, "Drag each letter to a place, 1 is best; two in one place are a tie. Keys 1 to 4 do it too, with an answer focused."),
       el("div", { class: "answers" }, answers.responses.map((answer, index) => el("div", { class: "card answer", role: "group", tabIndex: 0, "data-index": index, "aria-label": `Answer ${letter(index)}` },
-        el("h3", {}, letter(index)), el("div", { class: "text" }, answer || "(nothing)"),
+        el("h3", {}, chip(index)), el("div", { class: "text" }, answer || "(nothing)"),
         el("div", { class: "places" }, answers.responses.map((_, place) => el("button", { type: "button", "data-place": `${index}.${place}`, "aria-label": `${letter(index)} in place ${place + 1}`, "aria-pressed": String(answers.places[index] === place), disabled: answers.saved, onclick: () => put(index, place) }, String(place + 1))),
           after?.rewards && el("span", { class: "pill" }, `reward ${after.rewards[index].toFixed(2)}`))))),
+      el("ol", { class: "slots", "aria-label": "Places" }, places.map((place) => el("li", { "data-slot": place }, el("span", { class: "hint small" }, String(place + 1)),
+        answers.places.flatMap((mine, index) => mine === place ? [chip(index)] : [])))),
       el("div", { class: "row" }, el("span", { class: "ranking", role: "status" }, text ?? "…"),
         !answers.saved && el("button", { class: "main", type: "button", disabled: !text, onclick: save }, "Save the ranking"),
         answers.saved && el("span", { class: "pill good" }, "saved"),
         answers.saved && el("button", { class: "main", type: "button", onclick: async () => { await suggest(); sample(); } }, "Next question")));
     if (focused) ranked.querySelector(`[data-place="${focused}"]`)?.focus();
+  }
+
+  /** A letter that can be dragged to a place, with a mouse, a pen or a finger; keys and buttons do the same. */
+  function chip(index) {
+    const element = el("span", { class: "chip", title: "Drag to a place" }, letter(index));
+    if (answers.saved) return element;
+    element.addEventListener("pointerdown", (down) => {
+      if (down.button) return;
+      down.preventDefault();
+      element.setPointerCapture(down.pointerId);
+      element.classList.add("dragged");
+      let over = null;
+      element.onpointermove = (move) => {
+        element.style.transform = `translate(${move.clientX - down.clientX}px, ${move.clientY - down.clientY}px)`;
+        over?.classList.remove("over");
+        over = document.elementsFromPoint(move.clientX, move.clientY).map((one) => one.closest("[data-slot]")).find(Boolean) ?? null;
+        over?.classList.add("over");
+      };
+      element.onpointerup = element.onpointercancel = (up) => {
+        element.onpointermove = element.onpointerup = element.onpointercancel = null;
+        if (over && up.type === "pointerup") answers.places[index] = Number(over.dataset.slot);
+        draw();
+      };
+    });
+    return element;
   }
 
   function put(index, place) {
@@ -141,7 +169,8 @@ export function makePage({ models, runs }) {
   function drawKnown(summary) {
     const list = (counts) => Object.entries(counts).map(([name, count]) => `${name} ${count}`).join(", ") || "none";
     const agreed = summary.compared ? ` · labelers agree on ${Math.round(100 * summary.agreement.ordered)} % of ${summary.agreement.pairs} pairs that both ordered (InstructGPT's: 73 %)` : "";
-    known.textContent = `Rankings: ${list(summary.rankings)} · demonstrations: ${list(summary.demonstrations)}${agreed}. Kept in labels/ of the run.`;
+    const model = summary.reward_model?.pairs ? ` · the reward model orders ${Math.round(100 * summary.reward_model.ordered)} % of ${summary.reward_model.pairs} pairs as the labelers did` : "";
+    known.textContent = `Rankings: ${list(summary.rankings)} · demonstrations: ${list(summary.demonstrations)}${agreed}${model}. Kept in labels/ of the run.`;
   }
 
   function announceBoth(text) { announce(text); known.textContent = text; }

@@ -1,11 +1,11 @@
-// Wordle beside the model: the same secret, and the words it was thinking of.
+// Wordle beside the model: the same secret, and the words it was thinking of; and games of a run, played again.
 
-import { post } from "/static/api.js";
+import { get, post, runPath } from "/static/api.js";
 import { announce, complain, el, field, percent, pick } from "/static/ui.js";
 
 const SAYS = { G: "right place", Y: "elsewhere in the word", X: "not in the word" };
 
-export function makePage({ models }) {
+export function makePage({ models, runs }) {
   const chat = models.filter((model) => !model.is_base).map((model) => model.id);
   if (!chat.length) return { element: el("section", {}, el("h1", {}, "Play"), el("p", { class: "hint" }, "A base model cannot take turns: serve a stage after SFT.")) };
   let game = null, mine = null, its = null, busy = false;
@@ -22,7 +22,8 @@ export function makePage({ models }) {
     el("div", { class: "row" }, field("Opponent", model), el("button", { type: "button", onclick: begin }, "New game")),
     el("div", { class: "boards" },
       el("div", { class: "card stack" }, el("h2", {}, "You"), myBoard, form, mySays),
-      el("div", { class: "card stack" }, el("h2", {}, "The model"), itsBoard, itsSays, likely)));
+      el("div", { class: "card stack" }, el("h2", {}, "The model"), itsBoard, itsSays, likely)),
+    runs.length ? replays(runs, model) : null);
   begin();
   return { element, onshow: () => guess.focus({ preventScroll: true }) };
 
@@ -69,12 +70,7 @@ export function makePage({ models }) {
     const valid = its.history.length > before;
     const said = `It said “${its.said.trim()}” (${percent(its.probability)})${valid ? "" : ", which is no valid guess"}.`;
     itsSays.textContent = `${said}${its.won ? " It has found the word." : its.over ? " It is out." : ""}`;
-    const top = Math.max(...its.likely.map((one) => one.probability)) || 1;
-    likely.replaceChildren(el("h3", {}, "Words it found likely"), el("div", { class: "likely" }, its.likely.flatMap((one) => {
-      const bar = el("div", { class: "bar" });
-      bar.style.width = `${100 * one.probability / top}%`;
-      return [el("span", {}, one.word), bar, el("span", {}, percent(one.probability))];
-    })));
+    likely.replaceChildren(el("h3", {}, "Words it found likely"), wordBars(its.likely));
     draw();
   }
 
@@ -89,4 +85,71 @@ export function makePage({ models }) {
     board.replaceChildren(...Array.from({ length: game.guesses }, (_, line) => Array.from({ length: game.letters }, (_, place) =>
       el("span", { class: rows[line] ? rows[line].marks[place] : null }, rows[line] ? rows[line].word[place] : ""))).flat());
   }
+}
+
+function wordBars(words) {
+  const top = Math.max(...words.map((one) => one.probability)) || 1;
+  return el("div", { class: "likely" }, words.flatMap((one) => {
+    const bar = el("div", { class: "bar" });
+    bar.style.width = `${100 * one.probability / top}%`;
+    return [el("span", {}, one.word), bar, el("span", {}, percent(one.probability))];
+  }));
+}
+
+/** Games that the run's stages have left, stepped through turn by turn, each of the model's with its probability. */
+function replays(runs, model) {
+  let episodes = [], shown = null, upTo = 0, asked = 0;
+  const choice = el("select", { "aria-label": "Episode", onchange: () => choose(Number(choice.value)) });
+  const body = el("div", { class: "stack" });
+  const card = el("details", { class: "card stack", ontoggle: () => { if (card.open && !shown) load(runs[0]); } },
+    el("summary", {}, "Games of the run, played again"),
+    el("div", { class: "row" }, runs.length > 1 && field("Run", pick(runs, runs[0], (event) => load(event.target.value), "Run")), field("Episode", choice)), body);
+  model.addEventListener("change", () => { if (shown) draw(); });
+  return card;
+
+  async function load(run) {
+    try {
+      episodes = (await get(runPath(run, "episodes"))).episodes.map((one) => ({ ...one, run }));
+      choice.replaceChildren(...episodes.map((one, number) => el("option", { value: number }, `${one.stage} · ${one.task ?? "episode"} ${one.index + 1}${one.reward === null ? "" : ` · reward ${one.reward}`}`)));
+      if (episodes.length) choose(0);
+      else { shown = null; body.replaceChildren(el("p", { class: "hint" }, "No stage of this run has left games. RL stages with an environment of several turns, such as Wordle, do.")); }
+    } catch (error) { complain(error); }
+  }
+
+  function choose(number) {
+    shown = episodes[number];
+    upTo = shown.turns.findIndex((turn) => turn.role === "assistant");
+    draw();
+  }
+
+  function move(by) {
+    upTo = Math.min(Math.max(upTo + by, 0), shown.turns.length - 1);
+    draw();
+  }
+
+  async function draw() {
+    const number = ++asked;
+    const seen = el("div", { class: "stack" });
+    const buttons = [["First", -shown.turns.length], ["Back", -1], ["Next", 1], ["Last", shown.turns.length]];
+    const focused = document.activeElement?.dataset?.move;
+    body.replaceChildren(
+      el("div", { class: "row" }, buttons.map(([name, by]) => el("button", { type: "button", "data-move": name, onclick: () => move(by) }, name)),
+        el("span", { class: "hint small", role: "status" }, `turn ${upTo + 1} of ${shown.turns.length}${shown.secret ? ` · the word is ${shown.secret}` : ""}`)),
+      el("ol", { class: "turns" }, shown.turns.slice(0, upTo + 1).map((turn) => el("li", { class: turn.role === "assistant" ? "own" : null },
+        el("span", { class: "hint small" }, turn.role), turn.marks ? marked(turn) : el("div", { class: "text" }, turn.text)))),
+      seen);
+    if (focused) body.querySelector(`[data-move="${focused}"]`)?.focus();
+    if (shown.turns[upTo].role !== "assistant") return;
+    seen.append(el("p", { class: "hint small" }, "…"));
+    try {
+      const { probability, likely } = await post("/studio/play/replay", { run: shown.run, stage: shown.stage, index: shown.index, turn: upTo, model: model.value });
+      if (number !== asked) return;
+      seen.replaceChildren(el("p", { class: "hint" }, `${model.value} would say this with ${percent(probability)}.`), ...(likely.length ? [wordBars(likely)] : []));
+    } catch (error) { seen.replaceChildren(); complain(error); }
+  }
+}
+
+function marked(turn) {
+  return el("div", { class: "board", role: "img", "aria-label": turn.guess.split("").map((letter, place) => `${letter} ${SAYS[turn.marks[place]]}`).join(", ") },
+    turn.guess.split("").map((letter, place) => el("span", { class: turn.marks[place] }, letter)));
 }

@@ -1,7 +1,7 @@
 // A run while it runs: its stages, curves that grow, samples, and the report card.
 
-import { get, runPath } from "/static/api.js";
-import { complain, el, pick } from "/static/ui.js";
+import { get, post, runPath } from "/static/api.js";
+import { announce, complain, el, pick } from "/static/ui.js";
 
 const EVERY = 2000;
 const STATUS = { fresh: ["done", "good"], new: ["not yet", ""], unfinished: ["interrupted", "warn"], stale: ["done, changed since", ""], damaged: ["damaged", "warn"] };
@@ -16,13 +16,15 @@ export function makePage({ runs }) {
 
   const title = el("h1", {}, "");
   const state = el("span", { class: "pill", role: "status" });
+  const steer = el("button", { type: "button", hidden: true, onclick: steerRun });
+  let asked = 0; // when the run was told to stop
   const stages = el("ol", { class: "stages", "aria-label": "Stages" });
   const note = el("p", { class: "hint small" });
   const charts = el("div", { class: "charts" });
   const samples = el("div", { class: "samples" });
   const report = el("div", { class: "stack" });
   const element = el("section", { "aria-label": "Watch" },
-    el("div", { class: "row" }, title, state, runs.length > 1 && pick(runs, run, (event) => { run = event.target.value; stage = null; reset(); tick(); }, "Run")),
+    el("div", { class: "row" }, title, state, steer, runs.length > 1 && pick(runs, run, (event) => { run = event.target.value; stage = null; reset(); tick(); }, "Run")),
     stages, note,
     el("div", { class: "card stack" }, el("h2", {}, "Curves"), charts),
     el("div", { class: "card stack" }, el("h2", {}, "Report"), report),
@@ -47,6 +49,11 @@ export function makePage({ runs }) {
     title.textContent = `Run ${map.run}`;
     state.textContent = map.running ? "running" : "not running";
     state.className = map.running ? "pill good" : "pill";
+    const waited = performance.now() - asked;
+    if (!map.running) asked = 0;
+    steer.hidden = !map.can_stop && !map.can_resume;
+    steer.textContent = map.can_resume ? "Resume" : !asked ? "Stop" : waited > 8000 ? "Stop at once" : "Stopping…";
+    steer.disabled = Boolean(asked) && waited <= 8000;
     const focused = document.activeElement?.dataset?.stage;
     stages.replaceChildren(...map.stages.map((one) => {
       const [word, look] = one.running ? ["running", "good"] : STATUS[one.status] ?? [one.status, "warn"];
@@ -57,6 +64,15 @@ export function makePage({ runs }) {
     if (focused) stages.querySelector(`[data-stage="${CSS.escape(focused)}"]`)?.focus();
     const about = map.stages.find((one) => one.name === stage);
     note.textContent = map.problem ?? [about?.from?.length && `starts from ${about.from.join(", ")}`, about?.reason && (about.status === "stale" ? `would run again: ${about.reason}` : about.reason)].filter(Boolean).join(" · ");
+  }
+
+  async function steerRun() {
+    try {
+      await post(runPath(run, map.can_resume ? "resume" : "stop"), map.can_resume ? {} : { at_once: asked > 0 });
+      asked = map.can_resume ? 0 : performance.now();
+      announce(map.can_resume ? "The run goes on" : "The run was told to stop");
+      await tick();
+    } catch (error) { complain(error); }
   }
 
   function choose(name) { stage = name; reset(); drawMap(); loadMetrics().catch(complain); }

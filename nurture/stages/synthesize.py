@@ -502,7 +502,7 @@ def without_thought(turn: Message) -> Message:
 
 
 def _make_pairs(config: Config, context: StageContext) -> Callable[[Sequence[Row], int], Piece]:
-    strong = demonstrations
+    strong: Author = demonstrations
     if config.chosen == "strong":
         strong = make_author(config, context, "strong", thinking=config.thinking)
     weak = make_author(config, context, "weak", thinking=config.thinking)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nurture import games
 from nurture.errors import NurtureError, did_you_mean
 from nurture.stages import STAGES
 
@@ -281,6 +282,35 @@ def tay(
     _show_experiment(run_directory, run_tay, exhibit, config, out or run_directory / FILE, json)
 
 
+@app.command(
+    rich_help_panel=_RECIPES,
+    epilog=_examples(
+        "nurture sweep tiny sft.conversations=10,100,1000 sft.steps=150",
+        "nurture sweep my.yaml reward.comparisons=100,300,1000 --seed 0 --seed 1",
+    ),
+)
+def sweep(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE STAGE.KEY=V1,V2,...", help="A recipe and the setting that is swept."),
+    ],
+    out: Out = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of the swept stage. May be repeated.")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Measure after this stage [dim](default: the swept)[/dim].")
+    ] = None,
+) -> None:
+    """Data budget: run one stage with more and more data, and fit what that brings. Earlier stages run once."""
+    from nurture.report.experiments import print_exhibit
+    from nurture.report.sweep import exhibit
+    from nurture.sweep import sweep as run_sweep
+
+    recipe, overrides = _split_arguments(arguments)
+    measured, path = run_sweep(recipe or "tiny", overrides, out, seeds=seed or (), until=until)
+    print_exhibit(exhibit(measured), _console())
+    print(f"wrote {path}")
+
+
 def _checked(section: Any, name: str, settings: list[str] | None) -> Any:
     """Return a section made of `key=value` settings, or name what is wrong with them."""
     from nurture.recipe import Document, apply_overrides, check
@@ -490,7 +520,7 @@ def stage_recipe(
         _place(document, ("stages", 0, "start"), "--model", "start")
     elif kind == "pretrain":
         _fresh_model(document.data, minutes, settings or [])
-    else:
+    elif kind != "prepare":
         raise NurtureError(
             f"nurture {kind} needs --model PATH: the checkpoint to start from, such as a stage of a run."
         )
@@ -681,11 +711,35 @@ def serve(
     )
 
 
+app.add_typer(games.env, name="env", rich_help_panel=_MODELS)
+games.env.command(
+    "serve",
+    epilog=_examples(
+        "nurture env serve wordle",
+        "nurture env serve wordle style=textarena answers=words.txt reward=textarena --port 8001",
+        "nurture env serve math --data gsm8k.jsonl",
+        "nurture env serve code --split heldout",
+    ),
+)(games.serve)
+app.command(
+    rich_help_panel=_MODELS,
+    epilog=_examples(
+        "nurture play wordle",
+        "nurture play wordle hard_mode=true",
+        "nurture play wordle runs/tiny --games 3",
+        "nurture play math runs/tiny",
+    ),
+)(games.play)
+
+
 @app.command(
     "eval",
     rich_help_panel=_MODELS,
     epilog=_examples(
-        "nurture eval runs/tiny/02-sft", "nurture eval model.gguf --tasks fact,arithmetic --limit 50 --json"
+        "nurture eval runs/tiny/02-sft",
+        "nurture eval model.gguf --tasks fact,arithmetic --limit 50 --json",
+        "nurture eval smollm2 --data arc.jsonl --data gsm8k.jsonl --trained-on 'corpus/*.jsonl'",
+        "nurture eval smollm2 --data xstest.csv --data advbench.csv --judge words.txt",
     ),
 )
 def evaluate(
@@ -693,39 +747,38 @@ def evaluate(
         str, typer.Argument(metavar="PATH", help="A stage of a run, a checkpoint, or a .gguf file.")
     ],
     tasks: Annotated[
-        str | None, typer.Option(help="Kinds of task, with commas between [dim](default: all)[/dim].")
+        str | None,
+        typer.Option(help="The world's kinds of task, with commas between [dim](default: all)[/dim]."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Questions of each kind.")] = 100,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of a standard or safety set, as published. May be repeated."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Questions of each kind or file.")] = 100,
+    judge: Annotated[
+        str | None, typer.Option(help="Of harm: a word list (.txt), a checkpoint, or an endpoint's address.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The model that the endpoint serves.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Replies to a programming task, for pass@k.")] = 1,
+    trained_on: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Look for the questions in this training data.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Measure a model on the world's held-out tasks: what it knows, whether it answers in format and stops."""
-    import time
-
+    """Measure a model on the world's held-out tasks, or on files of standard sets (GSM8K, MMLU, XSTest ...)."""
     from nurture.stages.recipe import checkpoint_problem
 
-    if problem := checkpoint_problem(Path(path)):
+    if (problem := checkpoint_problem(Path(path))) and path != "smollm2":
         raise NurtureError(f"{problem.rstrip('.')}.")
-    from nurture.evals.measure import before_and_after
-    from nurture.evals.world_card import world_card
-    from nurture.inference.chat import load_chat_model
-    from nurture.world import World
+    from nurture.evals import quick
+    from nurture.evals.harm_judge import make_judge
 
-    known = [kind for kind in World.task_kinds if kind != "redteam"]  # red-team prompts are always asked
-    kinds = tasks.split(",") if tasks else known
-    for kind in kinds:
-        if kind not in known:
-            hint = did_you_mean(kind, known) or f" Known: {', '.join(known)}."
-            raise NurtureError(f"--tasks {tasks}: there is no kind of task '{kind}'.{hint}")
-    started = time.monotonic()
-    chat_model, world = load_chat_model(path), _world_of(Path(path))
-    tokenizer = chat_model.tokenizer.for_chat()
-    card = world_card(
-        chat_model.model, tokenizer, world, kinds=kinds, per_kind=limit, base=chat_model.is_base
-    )
-    seconds = round(time.monotonic() - started, 3)
-    metrics = before_and_after({}, card.measures)
-    stage = {"name": "eval", "kind": "eval", "seconds": seconds, "tokens": 0, "metrics": metrics}
-    outcome = {"run": path, "seconds": seconds, "stages": [stage]}
+    if data:
+        chosen = make_judge(judge, judge_model) if judge else None
+        how: dict[str, Any] = {"judge": chosen, "samples": samples, "trained_on": trained_on or ()}
+        outcome = quick.measure_on_files(path, data, limit, **how, world=_world_of(Path(path)))
+    else:
+        outcome = quick.measure_on_world(path, _world_of(Path(path)), tasks, limit)
     if json:
         import json as json_module
 

@@ -21,6 +21,7 @@ _EXTRAS = {
     "track": ("tensorboard",),
     "plot": ("matplotlib",),
     "rl": ("math_verify",),
+    "openenv": ("starlette", "uvicorn", "websockets"),
     "test": ("pytest", "transformers", "trl"),
 }
 _PROBE_SIZE = 1024

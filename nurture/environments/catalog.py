@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -18,21 +19,34 @@ from nurture.errors import NurtureError, did_you_mean
 
 Make = Callable[[], Environment]
 
+REMOTE = "openenv:"
+"""What comes before the address of a server."""
+_WORLD_TASKS = {
+    "wordle": "world:tasks:wordle",
+    "math": "world:tasks:arithmetic",
+    "code": "world:tasks:code",
+    "auto": "world:tasks:arithmetic,code,wordle",
+}
+_MOST_TASKS = 500
+"""Tasks taken from a source without end."""
+
 
 def environment_maker(spec: str = "auto", options: Mapping[str, Any] | None = None) -> Make:
     """Return a function that makes one environment a call.
 
     Args:
-        spec: `auto`, `wordle`, `math` or `code`.
+        spec: `auto`, `wordle`, `math`, `code`, or `openenv:URL` for a game on an OpenEnv server.
         options: settings of the environment; with `auto` by the name of each (`{"wordle": {...}}`).
 
     Raises:
         NurtureError: there is no such environment, or it has no such setting.
     """
-    if spec not in MAKERS:
-        hint = did_you_mean(spec, MAKERS) or f" There are {', '.join(MAKERS)}."
+    if spec not in MAKERS and not spec.startswith(REMOTE):
+        hint = did_you_mean(spec, MAKERS) or f" There are {', '.join(MAKERS)} and openenv:URL."
         raise NurtureError(f"there is no environment '{spec}'.{hint}")
     try:
+        if spec.startswith(REMOTE):
+            return _openenv(spec.removeprefix(REMOTE), dict(options or {}))
         return MAKERS[spec](dict(options or {}))
     except (ValidationError, TypeError) as error:
         raise NurtureError(f"environment '{spec}': {_complaint(error)}") from error
@@ -55,6 +69,36 @@ def kind_of(task: Any) -> str:
         f"this {kind or 'task'} has neither an answer nor tests, so no environment can score it; "
         "choose data with answers (world:tasks:arithmetic, GSM8K rows), tests, or world:tasks:wordle"
     )
+
+
+def tasks_for(name: str, options: Mapping[str, Any], data: str | None, split: str) -> list[Any]:
+    """Return tasks to play where nobody brings any: rows of `data`, by default the world's.
+
+    Wordle with lists of its own, and games on a server, need none: the list is empty and the seed decides.
+
+    Raises:
+        NurtureError: the split is unknown, the data is missing, or it holds nothing of this kind.
+    """
+    from nurture.data.sources import is_endless, read_rows
+
+    if split not in ("train", "heldout", "all"):
+        raise NurtureError(f"--split {split}: should be train, heldout or all.")
+    if data is None and (name.startswith(REMOTE) or options.get("answers")):
+        return []
+    spec = data or _WORLD_TASKS.get(name, "world:tasks")
+    count = _MOST_TASKS if is_endless(spec) else None
+    rows = islice(read_rows(spec, split=cast(Any, split)), count)
+    tasks = [row for row in rows if _plays(name, row)]
+    if not tasks:
+        raise NurtureError(f"{spec}: no {split} row there is a task for {name}.")
+    return tasks
+
+
+def _plays(name: str, row: Any) -> bool:
+    try:
+        return name in ("auto", kind_of(row))
+    except NurtureError:
+        return False
 
 
 class ByTask:
@@ -97,6 +141,13 @@ def _code(options: dict[str, Any]) -> Make:
 
     sandbox = Sandbox(**options)
     return lambda: Code(sandbox)
+
+
+def _openenv(url: str, options: dict[str, Any]) -> Make:
+    from nurture.environments.openenv import OpenEnv, OpenEnvConfig, Server
+
+    server = Server(url, OpenEnvConfig(**options))
+    return lambda: OpenEnv(server)
 
 
 class _Lazy(dict[str, Make]):

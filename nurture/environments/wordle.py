@@ -194,7 +194,7 @@ class Wordle:
         if self.over:
             return f"The word was {self._written(self.secret)}. You {'won' if self.won else 'lost'}."
         if problem is not None:
-            return f"{problem}. Guess again." if spelled else f"Invalid move: {problem}. Please try again."
+            return f"{problem}. Guess again." if spelled else _INVALID.format(problem)
         guess, marks = self.history[-1]
         if spelled:
             return words.spelled_feedback(marks)
@@ -213,6 +213,9 @@ G (green): the letter is right and in the right place.
 Y (yellow): the letter is in the word, but in another place.
 X: the letter is not in the word, or not as often as you used it.
 What is your first guess?"""
+
+_INVALID = "You attempted an invalid move. Reason: {}. Please resubmit a valid move."
+"""TRL's scripts look for the first sentence."""
 
 
 def guess_in(reply: str) -> str | None:
@@ -255,7 +258,8 @@ def _read_words(file: str, length: int | None = None) -> tuple[str, ...]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise NurtureError(f"{file}: there is no such word list; give a file with one word a line")
-    found = [line.strip().lower() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = [line.partition("\t")[0].strip().lower() for line in lines]  # a count may follow the word
     length = length or next((len(word) for word in found if word), 0)
     for number, word in enumerate(found, 1):
         if word and (len(word) != length or not word.isalpha()):

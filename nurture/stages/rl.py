@@ -36,6 +36,7 @@ from nurture.evals.overoptimisation import repetition
 from nurture.files import atomic_write_json, make_directory, read_json
 from nurture.inference.engine import Engine
 from nurture.inference.sampling import SamplingParams, sequence_seeds
+from nurture.inference.vllm import VllmEngine
 from nurture.losses.language import summed_loss
 from nurture.losses.policy import (
     CorrectionMode,
@@ -107,8 +108,9 @@ class RLConfig(TrainingConfig):
     """Variables of the chat template, for example {enable_thinking: false}."""
     temperature: PositiveFloat = 1.0
     """Of the sampling; the policy that is trained is the one at this temperature."""
-    rollout_precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the matrices while sampling. bf16 is faster and does not quite sample the policy: see `correction`."""
+    rollout_precision: Literal["fp32", "bf16", "vllm"] = "fp32"
+    """Of the matrices while sampling. bf16 is faster and does not quite sample the policy: see `correction`. vllm
+    samples with vLLM in bf16, which needs a GPU."""
     correction: CorrectionMode | Literal["auto", "off"] = "auto"
     """Weights for rollouts that the trainer's own policy would not quite sample: token_truncate, token_mask,
     sequence_truncate, sequence_mask, off; auto: token_truncate where the engine's precision is not the trainer's."""
@@ -645,9 +647,13 @@ class PolicyEngine:
         if execution.processes.mesh is not None:
             self._copy = empty_model(policy.config, "lm", torch.float32, execution.device)
         dtype = torch.bfloat16 if precision == "bf16" else None
-        self._engine = Engine(self._copy or policy, max_batch=max_batch, dtype=dtype)
+        self._engine: Engine | VllmEngine
+        if precision == "vllm":
+            self._engine = VllmEngine(self._copy or policy, max_batch=max_batch)
+        else:
+            self._engine = Engine(self._copy or policy, max_batch=max_batch, dtype=dtype)
 
-    def now(self) -> Engine:
+    def now(self) -> Engine | VllmEngine:
         """Return the engine with the policy's present weights. All processes must call it together."""
         if self._copy is not None:
             self._copy.load_state_dict(whole_weights(self._policy))

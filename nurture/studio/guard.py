@@ -2,7 +2,8 @@
 
 A server on this machine can be reached by every web page the user opens, so being local is no protection:
 
-- another site's page may send requests here: one whose `Origin` (or `Sec-Fetch-Site`) is not this server is refused;
+- another site's page may send requests here and open WebSockets: what comes with an `Origin` (or `Sec-Fetch-Site`) that
+  is not this server is refused;
 - another site's name may be made to point here (DNS rebinding): without a token only `Host`s that mean this machine
   are answered;
 - without a token only this machine can connect at all (`server.serve`); with one, every request shows it, as
@@ -44,6 +45,11 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse, or pass on."""
+        if scope["type"] == "websocket" and self._check(scope) is not None:
+            await send(
+                {"type": "websocket.close", "code": 1008}
+            )  # before it is accepted: the client gets a 403
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -70,7 +76,7 @@ class Guard:
         if origin is not None and origin.partition("://")[2] != host:
             return _refuse(403, "requests from other sites are refused")
         fetched_from = headers.get("sec-fetch-site", "none")
-        is_link = headers.get("sec-fetch-mode") == "navigate" and scope["method"] == "GET"
+        is_link = headers.get("sec-fetch-mode") == "navigate" and scope.get("method") == "GET"
         if fetched_from in ("cross-site", "same-site") and not is_link:
             return _refuse(403, "requests from other sites are refused")
         return None if self.token is None else self._check_token(scope, headers)
@@ -79,7 +85,7 @@ class Guard:
         cookie = f"nurture_token_{(scope.get('server') or ('', 0))[1]}"
         query = parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
         given = dict(query).get("token")
-        if given is not None and scope["method"] == "GET" and self._is_token(given):
+        if given is not None and scope.get("method") == "GET" and self._is_token(given):
             rest = urlencode([pair for pair in query if pair[0] != "token"])
             path = "/" + scope["path"].lstrip("/\\")  # never //elsewhere
             answer = RedirectResponse(path + (f"?{rest}" if rest else ""), 303)

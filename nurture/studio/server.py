@@ -29,7 +29,7 @@ from nurture.studio.openai import Api
 from nurture.studio.pages import Pages
 from nurture.studio.requests import Refused, error_response
 
-_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 
 def build_app(library: Library, token: str | None = None) -> Starlette:
@@ -59,9 +59,9 @@ def build_app(library: Library, token: str | None = None) -> Starlette:
 def _files() -> list[Route]:
     """Return the routes of the files in `web/`."""
     files = {
-        file.name: (file.read_bytes(), _TYPES[Path(file.name).suffix])
+        file.name: (file.read_bytes(), TYPES[Path(file.name).suffix])
         for file in resources.files("nurture.studio").joinpath("web").iterdir()
-        if Path(file.name).suffix in _TYPES
+        if Path(file.name).suffix in TYPES
     }
 
     def sending(name: str) -> Callable[[Request], Response]:
@@ -94,20 +94,24 @@ def serve(
     Raises:
         NurtureError: a path holds nothing to serve, or the port is taken.
     """
-    import uvicorn
-
     library = Library(paths)
     if token is None and host not in LOCAL_HOSTS:
         token = secrets.token_urlsafe(24)
-    listening = _listen(host, port)
+    listening = listen(host, port)
     port = listening.getsockname()[1]
-    shown = f"[{host}]" if ":" in host else socket.gethostname() if host == "0.0.0.0" else host
-    address = f"http://{shown}:{port}"
+    address = f"http://{shown_host(host)}:{port}"
     app = build_app(library, token)
     for entry in library.entries():
         say(f"  {entry.name}")
     say(f"Studio  {address}/{f'?token={token}' if token else ''}")
     say(f"API     {address}/v1{'   key: the token' if token else ''}     (ctrl-c stops)")
+    run(app, listening)
+
+
+def run(app: Starlette, listening: socket.socket) -> None:
+    """Serve an application until interrupted."""
+    import uvicorn
+
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, server_header=False
     )
@@ -115,7 +119,12 @@ def serve(
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def shown_host(host: str) -> str:
+    """Return what people write to reach an address that is listened on."""
+    return f"[{host}]" if ":" in host else socket.gethostname() if host == "0.0.0.0" else host
+
+
+def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens.
 
     Raises:
@@ -130,7 +139,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise NurtureError(
-                f"port {port} of {host} is taken. Is the studio running already? Another port: --port {port + 1}"
+                f"port {port} of {host} is taken. Is a server running there already? Another port: --port {port + 1}"
             ) from error
         raise NurtureError(f"cannot listen on {host}:{port} ({error.strerror}).") from error
     return listening

@@ -20,7 +20,7 @@ from nurture.model.config import ModelConfig
 from nurture.model.hugging_face import save_model
 from nurture.model.transformer import Transformer
 from nurture.studio.library import Library
-from nurture.studio.server import _listen, build_app
+from nurture.studio.server import build_app, listen
 from nurture.tokenizer import Tokenizer
 from nurture.world import World
 
@@ -70,7 +70,7 @@ def client(library: Library) -> Iterator[TestClient]:
 def address(library: Library) -> Iterator[str]:
     """A real server in a thread, for what only sockets show: streams, clients that leave."""
     uvicorn = pytest.importorskip("uvicorn")
-    listening = _listen("127.0.0.1", 0)
+    listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(build_app(library), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

@@ -19,7 +19,7 @@ from nurture.studio import label, watch
 from nurture.studio.inspect import candidates, score_tokens
 from nurture.studio.library import Library, UnknownModel
 from nurture.studio.play import likely_words
-from nurture.studio.server import _listen, build_app
+from nurture.studio.server import build_app, listen
 
 
 def test_names_are_looked_up_never_joined(library: Library, client: TestClient, run: Path):
@@ -207,8 +207,8 @@ def test_pages_load_nothing_from_elsewhere(client: TestClient):
 
 
 def test_a_taken_port_is_one_clear_message():
-    with _listen("127.0.0.1", 0) as first:
+    with listen("127.0.0.1", 0) as first:
         port: Any = first.getsockname()[1]
         with pytest.raises(NurtureError, match=f"port {port} of 127.0.0.1 is taken.*--port {port + 1}"):
-            _listen("127.0.0.1", port)
+            listen("127.0.0.1", port)
     assert isinstance(first, socket.socket)

@@ -32,6 +32,15 @@ class StageKind:
 
 
 STAGES: dict[str, StageKind] = {
+    "prepare": StageKind(
+        "nurture.stages.prepare",
+        "Clean raw text before it is trained on: rules, language, classifier, decontamination, near-duplicates.",
+        (
+            "nurture prepare --data web='crawl/*.jsonl.gz' language=en without.gsm8k=gsm8k.jsonl",
+            "nurture prepare --data web='crawl/*.parquet' classifier=my_module:education threshold=3",
+        ),
+        continues=False,
+    ),
     "pretrain": StageKind(
         "nurture.stages.pretrain",
         "Train a base model on raw text: a new one, or further from a checkpoint.",

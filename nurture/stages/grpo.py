@@ -25,6 +25,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -373,8 +374,8 @@ class Exam:
             sitting.samples += [
                 {
                     "task": name,
-                    "prompt": rollout.messages[0].get("content", "") if rollout.messages else "",
-                    "reply": "\n".join(str(turn.get("content", "")) for turn in rollout.messages[1:]),
+                    "prompt": _asked(rollout),
+                    "reply": rollout.text,
                     "reward": None if math.isnan(rollout.reward) else round(rollout.reward, 4),
                     "finished": rollout.finished,
                 }
@@ -416,3 +417,9 @@ class Exam:
             temperature=config.temperature,
             max_length=config.sequence_length,
         )
+
+
+def _asked(rollout: Rollout) -> str:
+    """Return the last turn before the policy's first."""
+    before = takewhile(lambda turn: turn.get("role") != "assistant", rollout.messages)
+    return [turn.get("content", "") for turn in before][-1]

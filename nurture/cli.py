@@ -450,6 +450,7 @@ def _stage_command(kind: str) -> Callable[..., None]:
             ),
         ] = None,
         minutes: Annotated[str | None, typer.Option(help="Train for so long: 10, 90s, 2h.")] = None,
+        env: Annotated[str | None, typer.Option(help="Environment (grpo): wordle, openenv:URL.")] = None,
         seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
         out: Out = None,
         force: Force = False,
@@ -460,9 +461,8 @@ def _stage_command(kind: str) -> Callable[..., None]:
         if keys:
             _print_keys(kind)
             return
-        recipe = stage_recipe(
-            kind, model=model, data=data or [], minutes=minutes, seed=seed, settings=settings or []
-        )
+        words = [*(settings or []), *([f"env={env}"] if env else [])]
+        recipe = stage_recipe(kind, model=model, data=data, minutes=minutes, seed=seed, settings=words)
         _run_and_report(recipe, out, force=force)
 
     command.__doc__ = STAGES[kind].summary

@@ -95,10 +95,10 @@ STAGES: dict[str, StageKind] = {
         "Learn from rewards that can be checked (math, code, games) by GRPO and its family.",
         (
             "nurture grpo --model runs/tiny/02-sft --data world:tasks:arithmetic,code --minutes 1",
-            "nurture grpo --model runs/tiny/02-sft env=wordle environment.reward=textarena steps=60",
+            "nurture grpo --model runs/tiny/02-sft --env wordle environment.reward=textarena steps=60",
             "nurture grpo --model smollm2.gguf --data gsm8k.jsonl loss.loss_type=dr_grpo reward_scale=none "
             "lora.rank=16 steps=200",
-            "nurture grpo --model runs/tiny/02-sft env=openenv:http://localhost:8000 steps=50",
+            "nurture grpo --model runs/tiny/02-sft --env openenv:http://localhost:8000 steps=50",
         ),
     ),
     "synthesize": StageKind(

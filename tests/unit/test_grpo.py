@@ -223,3 +223,14 @@ def test_games_bring_their_words_and_other_environments_need_data() -> None:
     assert len(train) + len(heldout) == 136
     with pytest.raises(NurtureError, match="env 'math' needs data"):
         grpo.tasks_of(config(env="math"), context, TOKENIZER, environment_maker("math"), "train")
+
+
+def test_the_command_line_names_the_environment() -> None:
+    from typer.testing import CliRunner
+
+    from nurture.cli import app
+
+    runner = CliRunner()
+    assert "openenv:URL" in runner.invoke(app, ["grpo", "--help"]).output
+    said = runner.invoke(app, ["grpo", "--model", "nowhere", "--env", "wordle"]).exception
+    assert "nowhere" in str(said)  # --env was understood

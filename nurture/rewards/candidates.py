@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from nurture.data.comparisons import encode_reply
 from nurture.errors import NurtureError
 from nurture.inference.engine import Engine
@@ -47,11 +49,13 @@ def sample_candidates(
     seed: int = 0,
     author: str = "model",
     max_batch: int = 128,
+    dtype: torch.dtype | None = None,
 ) -> list[list[Candidate]]:
     """Return `count` answers to every prompt, in the order of the prompts.
 
     Args:
         max_tokens: longest answer; a longer one is cut there and has not finished.
+        dtype: of the matrices while sampling; default: the model's.
 
     Raises:
         NurtureError: model and tokenizer do not belong together, or a prompt leaves no room for an answer.
@@ -65,7 +69,7 @@ def sample_candidates(
     stops = tokenizer.stop_token_ids
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_token_ids=stops)
     repeated = [token_ids for token_ids in encoded for _ in range(count)]
-    completions = iter(Engine(model, max_batch=max_batch).generate(repeated, params))
+    completions = iter(Engine(model, max_batch=max_batch, dtype=dtype).generate(repeated, params))
     answers = []
     for token_ids in encoded:
         drawn = [next(completions) for _ in range(count)]

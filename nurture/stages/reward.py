@@ -415,6 +415,7 @@ def _answers(
             temperature=config.temperature,
             seed=seed * 100 + place,
             author=author,
+            dtype=torch.bfloat16 if session.execution.precision == "bf16" else None,
         )
         answers = [before + more for before, more in zip(answers, sampled, strict=True)]
     for row, candidates in zip(rows, answers, strict=True):

@@ -1,0 +1,191 @@
+"""Reward model step against TRL's RewardTrainer: the same shapes, pairs, loss and optimizer.
+
+    python bench/reward.py                     a table
+    python bench/reward.py --shapes 3M --json  one JSON line a comparison
+
+16 pairs a step; "even" pairs have two answers of 128 tokens with their prompt, "varied" ones 40 to 128, where packing
+saves the padding. The peer runs in its own trainer, as shipped (fp32, eager) and at its best (bf16, fused AdamW); ours
+is what a long stage uses (bf16, compiled blocks, packed rows with document masks). Tokens are those of prompts and
+answers, never padding. Both sides use the same allocator setting; the best step of each counts. (A ranking of K answers
+is K(K-1)/2 pairs to TRL, which reads every answer K-1 times; ours reads it once. That gain is not in these figures.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import (
+    SHAPES,
+    Result,
+    StepTimes,
+    gemm_peak,
+    interleave,
+    peak_memory,
+    peer_config,
+    prepare,
+    report,
+    run_alone,
+)
+
+from nurture.data.comparisons import Comparison, ComparisonBatches
+from nurture.losses.reward import RewardLoss
+from nurture.model.config import ModelConfig
+from nurture.model.parallel import prepare as prepare_model
+from nurture.model.transformer import Transformer
+from nurture.optim import OptimizerConfig, build_optimizer
+from nurture.runtime import ExecutionConfig, decide_execution
+from nurture.trainer import split_to_fit, train_step
+
+PAIRS, LONGEST, PROMPT = 16, 128, 32
+
+
+def make_pairs(vocab_size: int, varied: bool, count: int = 8 * PAIRS) -> list[Comparison]:
+    """Return random pairs; prompts of 32 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for _ in range(count):
+        lengths = (
+            torch.randint(40, LONGEST + 1, (2,), generator=generator).tolist() if varied else [LONGEST] * 2
+        )
+        prompt = torch.randint(8, vocab_size, (PROMPT,), generator=generator).tolist()
+        answers = tuple(
+            prompt + torch.randint(8, vocab_size, (n - PROMPT,), generator=generator).tolist()
+            for n in lengths
+        )
+        pairs.append(Comparison(answers, PROMPT, ((0,), (1,))))
+    return pairs
+
+
+def our_step(config: ModelConfig, pairs: list[Comparison]) -> tuple[Callable[[], None], float]:
+    """Return a function that does one update, and tokens of a step on average."""
+    execution = decide_execution(ExecutionConfig(compile="on", precision="auto"))
+    torch.manual_seed(0)
+    model = prepare_model(Transformer(config, "scalar"), execution)
+    optimizer = build_optimizer(model, OptimizerConfig(weight_decay=0.0))
+    tokens = sum(pair.tokens for pair in pairs)
+    # Equal lengths fill a row of one pair; unequal ones leave less empty in a row of several.
+    width = 2 * LONGEST * (1 if tokens == 2 * LONGEST * len(pairs) else 2)
+    rows = max(1, round(PAIRS * tokens / len(pairs) / width))
+    batches = ComparisonBatches(pairs, batch_size=rows, sequence_length=width, seed=0, pad_token_id=0)
+    loss_fn = RewardLoss()
+    place = [0]
+
+    def step() -> None:
+        batch = batches(place[0])
+        place[0] += 1
+        train_step(model, optimizer, split_to_fit(batch, 8192), loss_fn, clip_norm=1.0, execution=execution)
+
+    return step, sum(batches(number).token_count for number in range(batches.steps(1))) / batches.steps(1)
+
+
+def peer_trainer(config: ModelConfig, pairs: list[Comparison], folder: str, *, best: bool) -> Any:
+    """Return TRL's trainer on the same pairs."""
+    from datasets import Dataset
+    from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+    from trl import RewardConfig, RewardTrainer
+
+    from nurture.tokenizer import Tokenizer
+
+    class Tokenised(RewardTrainer):
+        """Rows are tokens already."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    Tokenizer.train(["some words to have a tokenizer"], 280).save(folder)
+    rows = [{"chosen_ids": list(p.answers[0]), "rejected_ids": list(p.answers[1])} for p in pairs]
+    shape = peer_config(config)
+    shape.num_labels, shape.pad_token_id = 1, 0
+    torch.manual_seed(0)
+    return Tokenised(
+        model=LlamaForSequenceClassification(shape),
+        args=RewardConfig(
+            output_dir=folder, per_device_train_batch_size=PAIRS, max_length=None, report_to=[], use_cpu=True,
+            bf16=best, gradient_checkpointing=False, logging_strategy="no", save_strategy="no", disable_tqdm=True,
+            optim="adamw_torch_fused" if best else "adamw_torch", max_steps=1, dataloader_num_workers=0,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(folder),
+    )  # fmt: skip
+
+
+def alone(side: str, name: str, varied: bool) -> None:
+    """Do a few steps of one side."""
+    config = SHAPES[name]
+    pairs = make_pairs(config.vocab_size, varied)
+    if side == "ours":
+        run_alone(our_step(config, pairs)[0])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = peer_trainer(config, pairs, folder, best=side == "best")
+        trainer.args.max_steps = 3
+        run_alone(trainer.train, 1)
+
+
+def compare(name: str, varied: bool, repeats: int, memory: bool) -> list[Result]:
+    """Measure one shape."""
+    config = SHAPES[name]
+    pairs = make_pairs(config.vocab_size, varied)
+    step, tokens = our_step(config, pairs)
+    per_step = PAIRS * sum(pair.tokens for pair in pairs) / len(pairs)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [peer_trainer(config, pairs, folder, best=best) for best in (False, True)]
+        times = [StepTimes(trainer) for trainer in trainers]
+
+        def peer(index: int) -> Callable[[], None]:
+            def run() -> None:
+                trainers[index].args.max_steps = 4
+                trainers[index].train()
+
+            return run
+
+        ours, *_ = interleave(step, peer(0), peer(1), repeats=repeats, warm=2)
+        ours = min(ours, *interleave(step, repeats=10, warm=0))
+    peak = gemm_peak(torch.bfloat16)
+    attention = 6 * config.layers * 4 * LONGEST * config.heads * config.head_width
+    share = tokens * (6.0 * config.parameter_count() + attention) / ours / peak
+    kind = "varied" if varied else "even"
+    sides = ("ours", "shipped", "best") if memory else ()
+    peaks = [peak_memory(__file__, "--alone", side, "--shapes", name, "--pairs", kind) for side in sides]
+    for index, label in enumerate(("TRL as shipped (fp32)", "TRL at its best (bf16)")):
+        speeds = tokens / ours, per_step / times[index].best()
+        ratio = peaks[0] / peaks[index + 1] if memory else None
+        results.append(Result(f"reward/{name}/{kind}/{label}", *speeds, speeds[0] / speeds[1], share, ratio))
+    return results
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", default="3M", help="comma separated: " + ", ".join(SHAPES))
+    parser.add_argument("--pairs", default="even,varied", help="even, varied, or both")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="even pairs, one turn")
+    parser.add_argument("--memory", action="store_true", help="measure each side's peak memory too")
+    parser.add_argument("--alone", choices=("ours", "shipped", "best"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        alone(arguments.alone, arguments.shapes, arguments.pairs == "varied")
+        return
+    if arguments.quick:
+        arguments.pairs, arguments.repeats = "even", 1
+    prepare()
+    for name in arguments.shapes.split(","):
+        for kind in arguments.pairs.split(","):
+            report(
+                compare(name, kind == "varied", arguments.repeats, arguments.memory),
+                "tokens/s",
+                arguments.json,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,6 @@ only. Which word goes with which key is split by rule, so no note that a probe a
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -129,8 +128,9 @@ def document(rng: Random, split: str, cast: web.Cast, longest: int) -> str:
     # Density length^-1.5: many short documents, and yet a third of all words in those of more than half the length.
     low, high = longest**-0.5, _SHORTEST**-0.5
     words = round(rng.uniform(low, high) ** -2)
-    # From a text that is all notes to one with a note in fifty words: the first teach what the last need.
-    notes = min(words / math.exp(rng.uniform(math.log(5), math.log(50))), _MOST_NOTES)
+    # From a single note in the whole text to a text of notes, each order of magnitude alike: the many teach fast, and
+    # the single one is what a passkey is.
+    notes = min(words / 5, _MOST_NOTES) ** rng.random()
     chain_length = rng.randint(2, 3) if rng.random() < 0.25 else 1
     chains = draw_chains(rng, split, max(1, round(notes / chain_length)), chain_length)
     hidden = [_hidden(note) for chain in chains for note in chain]

@@ -22,8 +22,10 @@ action.addEventListener("keydown", (event) => { if (event.key === "Enter" && (ev
 document.getElementById("main").replaceChildren(el("section", {},
   el("div", { class: "row" }, el("h1", { class: "grow" }, `Play ${name}`), field("Seed", seed), el("button", { type: "button", onclick: begin }, "New game")),
   el("div", { class: "boards" },
-    el("div", { class: "card stack" }, talk, form),
-    el("div", { class: "card stack" }, el("h2", {}, isWordle ? "Board" : "Result"), isWordle ? board : null, outcome))));
+    el("div", { class: "card" }, talk),
+    el("div", { class: "card stack" }, isWordle ? board : null, form, outcome))));
+talk.style.maxHeight = "65vh";
+talk.style.overflowY = "auto";
 begin();
 
 function connect() {
@@ -78,6 +80,7 @@ async function alone(work) {
 function say(result, written) {
   if (written !== null) talk.append(el("p", { class: "asked text" }, written));
   for (const one of result.observation.turns) talk.append(el("p", { class: "text" }, one.content));
+  talk.scrollTop = talk.scrollHeight;
   announce(result.observation.prompt);
   action.disabled = result.done;
   form.hidden = result.done;

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from nurture.data.rows import parse_row
@@ -10,7 +14,7 @@ from nurture.environments import math as math_module
 from nurture.environments.catalog import environment_maker, kind_of
 from nurture.environments.code import Code
 from nurture.environments.math import Math
-from nurture.environments.protocol import step_all
+from nurture.environments.protocol import Environment, step_all
 from nurture.environments.wordle import Wordle
 from nurture.errors import NurtureError
 from nurture.rewards.code import CodeVerdict
@@ -102,3 +106,46 @@ def test_programs_of_a_step_are_run_together(monkeypatch: pytest.MonkeyPatch) ->
 def test_refusals(spec: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(NurtureError, match=message):
         environment_maker(spec, options)
+
+
+def test_the_game_of_the_docs_is_whole_short_and_served() -> None:
+    """docs/environments.md promises a new game in under 60 lines; it runs as printed, also as a task's number."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "environments.md").read_text()
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Between" in block
+    )
+    assert len(code.splitlines()) < 60
+    names: dict[str, Any] = {}
+    exec(code, names)
+    game = names["Between"]()
+    assert isinstance(game, Environment)
+    game.reset("40", 0)
+    said = [game.step(guess) for guess in ("50", "30", "I say 40!")]
+    assert [result.observation.text for result in said] == ["It is less.", "It is more.", "You won."]
+    assert [result.done for result in said] == [False, False, True]
+    assert said[-1].parts == {"correct": 1.0, "closer": pytest.approx(1 / 3), "format": pytest.approx(2 / 3)}
+    assert said[-1].reward == pytest.approx(1 + 0.2 / 3 + 0.1 * 2 / 3)
+    game.reset(None, 5)
+    first = game.secret
+    game.reset(None, 5)
+    assert game.secret == first
+    assert [game.step("0").done for _ in range(7)][-1]
+
+
+def test_real_word_lists(shared_data: Path) -> None:
+    """The newspaper's lists and one with counts, with hard mode and textarena's pay."""
+    folder = shared_data / "wordle"
+    lists = {"answers": str(folder / "answers.txt"), "allowed": str(folder / "allowed.txt")}
+    game = environment_maker(
+        "wordle", {**lists, "hard_mode": True, "reward": "textarena", "style": "textarena"}
+    )()
+    assert isinstance(game, Wordle)
+    assert (len(game.answers), len(game.allowed)) == (2309, 2309 + 10638)
+    game.reset("abbey", 0)
+    assert "A B A T E\nG G X X Y" in game.step("[abate]").observation.text
+    assert "use every hint" in game.step("[stalk]").observation.text
+    counted = environment_maker("wordle", {"answers": str(folder / "free_answers.tsv")})()
+    assert isinstance(counted, Wordle)
+    assert len(counted.answers) == 2187
+    secrets = {(counted.reset(None, seed), counted.secret)[1] for seed in range(50)}
+    assert len(secrets) > 40

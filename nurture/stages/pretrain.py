@@ -23,6 +23,7 @@ from nurture.data.decontaminate import Decontaminator, evaluation_texts
 from nurture.data.mixture import MixtureBatches, MixturePhase, heldout_batches, normalised_weights
 from nurture.data.shards import NoTextError, Shard, shard_source
 from nurture.data.sources import Split, is_endless, make_world, read_rows
+from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure
 from nurture.evals.replies import ask
@@ -141,6 +142,10 @@ def read_mixture(
     """
     phases = config.phases or [by_size(shards)]
     loss_fn: LossFunction = LanguageLoss(session.byte_lengths)
+    if config.context_parallel > 1 and session.execution.processes.tensor_parallel > 1:
+        raise NurtureError(
+            f"stage '{config.name}': context_parallel and execution.tensor_parallel do not go together; set one to 1."
+        )
     sharing = share_rows(config.context_parallel) if config.context_parallel > 1 else None
     if sharing is not None:
         loss_fn = shared_loss(loss_fn, sharing)

@@ -74,7 +74,14 @@ from nurture.stages.rl import (
     seed_of,
     summed_over,
 )
-from nurture.stages.training import Session, open_session, remember, save_result_model, write_result
+from nurture.stages.training import (
+    MOST_EVALUATIONS,
+    Session,
+    open_session,
+    remember,
+    save_result_model,
+    write_result,
+)
 from nurture.tokenizer import Tokenizer
 from nurture.world.split import split_of
 
@@ -85,7 +92,8 @@ _KL_IN_REWARD = ("rloo", "reinforce++")
 
 
 class Config(RLConfig):
-    """Settings of GRPO. Give `steps` or `minutes`."""
+    """Settings of GRPO. Give `steps`, or `minutes`: then the held-out tasks are only measured before and after, unless
+    `loop.evaluate_every` says otherwise."""
 
     kind: Literal["grpo"] = "grpo"
     data: dict[str, str] = {}
@@ -142,11 +150,13 @@ def run(config: Config, context: StageContext) -> None:
         latest[done] = exam.sit()
         return {f"eval/{name}": measure.value for name, measure in latest[done].measures.items()}
 
-    steps = plan_rl_steps(config, context, session, models.learners, play, memory, evaluation_seconds)
+    # A time budget goes into training: the held-out tasks are then measured before and after, unless the recipe says.
+    midway = config.steps is not None or config.loop.evaluate_every is not None
+    reserved = evaluation_seconds if midway else evaluation_seconds / (MOST_EVALUATIONS + 1)
+    steps = plan_rl_steps(config, context, session, models.learners, play, memory, reserved)
     done = learn(
         config, context, models.learners, session.execution,
-        seed=session.seed, steps=steps, play=play, memory=memory,
-        evaluate=evaluate,
+        seed=session.seed, steps=steps, play=play, memory=memory, evaluate=evaluate if midway else None,
     )  # fmt: skip
     sitting = latest.get(done) if config.loop.average is None else None
     sitting = sitting or exam.sit()

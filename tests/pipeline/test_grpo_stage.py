@@ -143,6 +143,16 @@ def test_rollouts_in_another_precision_are_corrected(start: Path, tmp_path: Path
     assert all(1e-5 < line["rl/sampling_difference"] < 0.1 for line in log_of(tmp_path))
 
 
+def test_a_time_budget_goes_into_training(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpo, "plan_rl_steps", lambda *_: 2)
+    metrics = train(start, tmp_path, steps=None, minutes=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]  # no held-out measurement in between
+    assert set(metrics["math"]) == {"before", "after", "low", "high", "n"}
+
+
 def test_a_game_of_several_turns_trains_through_the_stage(start: Path, tmp_path: Path) -> None:
     metrics = train(
         start, tmp_path, data={}, env="wordle", environment={"reward": {"correct": 1, "format": 0.5}},

@@ -137,6 +137,11 @@ class Wordle:
         """Forget the invalid moves in a row: the next one is tolerated again."""
         self._invalid_in_a_row = 0
 
+    @property
+    def stumbled(self) -> bool:
+        """Whether the last move was invalid."""
+        return self._invalid_in_a_row > 0
+
     def give_up(self) -> None:
         """End the game."""
         self.over = True

@@ -57,17 +57,13 @@ class Player:
 
     def show(self, game: Environment, action: str, result: StepResult) -> None:
         """Show a turn: the row of marks of a guess, or what was written, and what came of it."""
-        invalid = (
-            not isinstance(game, Wordle) or not game.history or result.observation.text.endswith("again.")
-        )
-        if isinstance(game, Wordle) and not invalid:
-            word, marks = game.history[-1]
-            self.console.print(tiles(word, marks, self._colours))
+        marked = isinstance(game, Wordle) and not game.stumbled
+        if isinstance(game, Wordle) and marked:
+            self.console.print(tiles(*game.history[-1], self._colours))
         else:
             self.say(action.strip() or "(nothing)", "dim")
-        if result.done or invalid or not isinstance(game, Wordle):
-            won = result.info.get("won")
-            self.say(result.observation.text, "green" if won else "yellow")
+        if result.done or not marked:
+            self.say(result.observation.text, "green" if result.info.get("won") else "yellow")
 
     def keyboard(self, game: Wordle) -> None:
         """Show what is known of every letter."""

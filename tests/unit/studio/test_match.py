@@ -47,6 +47,10 @@ def test_a_person_may_mistype_and_wins() -> None:
     assert text.count("Guess again.") == 3
     assert "G R A I N   X G G X Y" in text
     assert "not in it: gi" in text
+    made = player(style="textarena")
+    play_yourself(made, saying(["grain", "grain"]))
+    assert shown(made).count("X G G X Y") == 1
+    assert "You said that word before" in shown(made)
     assert "You won." in text
 
 

@@ -26,7 +26,7 @@ from nurture.data.mixture import normalised_weights, phase_end
 from nurture.errors import NurtureError, did_you_mean
 from nurture.model.config import PRESETS, ModelConfig
 from nurture.model.heads import CHUNK
-from nurture.model.hugging_face import read_model_config
+from nurture.model.hugging_face import read_config
 from nurture.stages.recipe import Recipe
 
 BYTES_OF_TEXT = 4.0
@@ -206,7 +206,7 @@ def recipe_shape(recipe: Recipe) -> ModelConfig:
     starts = [start for start in recipe.starts.values() if isinstance(start, Path)]
     if not starts:
         raise NurtureError(f"recipe '{recipe.name}' names no model to plan for.")
-    return read_model_config(starts[0])
+    return read_config(starts[0])
 
 
 def _written_tokenizer(recipe: Recipe) -> Mapping[str, Any]:

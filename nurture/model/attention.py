@@ -11,14 +11,25 @@ first document on; no T x T matrix exists at once.
 
 From `FUSED_FROM` tokens on the fused kernel wins, and memory matters: it keeps no scores, so memory grows linearly with
 T. It knows no documents, so each document is a call of its own; the work is then the sum of their squared lengths.
+
+On a GPU rows of one document take the library's flash kernel, packed rows FlexAttention: it skips blocks in which no
+query meets a key of its document, and its mask is made once for all layers (`document_mask`). The library's kernels
+with a mask would fall back to the one that holds T x T scores, as only that one knows grouped queries and masks.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 QUERY_BLOCK = 128
 """Queries taken at once. At 128 the scores of one head stay in the second-level cache."""
@@ -26,8 +37,30 @@ FUSED_FROM = 1024
 """Row length from which each document goes through the fused kernel."""
 
 
+def document_mask(document_ids: Tensor | None) -> Tensor | BlockMask | None:
+    """Return what `attention` is best given for the documents of a batch, to be made once for all layers."""
+    if document_ids is None or document_ids.device.type != "cuda":
+        return document_ids
+    return block_mask(document_ids)
+
+
+def block_mask(document_ids: Tensor) -> BlockMask:
+    """Return FlexAttention's mask: causal, and inside equal ids (B, T)."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (document_ids[row, query] == document_ids[row, key])
+
+    rows, tokens = document_ids.shape
+    return create_block_mask(visible, rows, None, tokens, tokens, device=document_ids.device)
+
+
 def attention(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, document_ids: Tensor | None = None, first: int = 0
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    document_ids: Tensor | BlockMask | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Attend causally within each document.
 
@@ -36,16 +69,19 @@ def attention(
             head n // (N / K).
         k_BSKH: keys, rotated already, of columns 0 to S = `first + T`.
         v_BSKH: values.
-        document_ids: (B, S); a token sees only tokens of equal id. None: the row is one document.
+        document_ids: (B, S); a token sees only tokens of equal id; or their `document_mask`. None: the row is one
+            document.
         first: above 0 where a process has only a part of the row's queries (context parallelism).
 
     Returns:
         (B, T, N, H) in the dtype of the queries.
     """
     tokens = q_BTNH.shape[1]
+    if not (document_ids is None or isinstance(document_ids, Tensor)):
+        return flex_attention(q_BTNH, k_BSKH, v_BSKH, document_ids)
     if first:
         return _blocked_attention(q_BTNH, k_BSKH, v_BSKH, document_ids, first)
-    if tokens >= FUSED_FROM:
+    if tokens >= FUSED_FROM and not (document_ids is None and q_BTNH.device.type == "cuda"):
         return _attention_by_document(q_BTNH, k_BSKH, v_BSKH, document_ids)
     if q_BTNH.device.type == "cpu":
         return _blocked_attention(q_BTNH, k_BSKH, v_BSKH, document_ids)
@@ -55,6 +91,24 @@ def attention(
         # A token always sees itself, so that no row is fully masked: padding yields numbers, never NaN.
         mask = (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & earlier
     return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask, is_causal=mask is None)
+
+
+def flex_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: BlockMask) -> Tensor:
+    """`attention` by FlexAttention (arXiv 2412.05496); compiled on a GPU, where it holds no scores."""
+    from torch.nn.attention import flex_attention as library
+
+    heads = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+    grouped = q_BTNH.shape[2] != k_BTKH.shape[2]
+    run: Callable[..., Tensor] = library.flex_attention
+    if q_BTNH.device.type == "cuda" and not torch.compiler.is_compiling():
+        run = _compiled(run)
+    out_BNTH: Tensor = run(*heads, block_mask=mask, enable_gqa=grouped)
+    return out_BNTH.transpose(1, 2)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function)
 
 
 @torch.compiler.disable

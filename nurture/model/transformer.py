@@ -12,14 +12,14 @@ NoPE (arXiv 2501.18795).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nurture.model.attention import attention, document_starts
+from nurture.model.attention import attention, document_mask, document_starts
 from nurture.model.config import ModelConfig
 from nurture.model.heads import (
     by_columns,
@@ -30,6 +30,12 @@ from nurture.model.heads import (
     scalar_values,
 )
 from nurture.model.rope import head_tables, rotate, rotation_frequencies, rotation_tables
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Documents: TypeAlias = "Tensor | BlockMask | None"
+"""What a block is given of documents: their ids or, on a GPU, the mask made of them."""
 
 
 class Cache(Protocol):
@@ -76,7 +82,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, document_ids: Tensor | None, cache: Cache | None
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, document_ids: Documents, cache: Cache | None
     ) -> Tensor:
         """Return what attention adds to the residual stream, (B, T, D)."""
         heads = self.qkv(x_BTD).unflatten(-1, (-1, self.head_width))
@@ -128,7 +134,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         cos: Tensor,
         sin: Tensor,
-        document_ids: Tensor | None = None,
+        document_ids: Documents = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Return the residual stream after this layer, (B, T, D)."""
@@ -213,12 +219,13 @@ class Transformer(nn.Module):
         elif position_ids is None:
             position_ids = default_position_ids(token_ids, document_ids)
         cos, sin = head_tables(*rotation_tables(position_ids, self.frequencies, self.rotation_scale))
+        documents = document_mask(document_ids)
         x_BTD = self.embedding(token_ids)
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, cos, sin, document_ids, cache, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, cos, sin, documents, cache, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, cos, sin, document_ids, cache)
+                x_BTD = block(x_BTD, cos, sin, documents, cache)
         return self.final_norm(x_BTD)
 
     def forward(

@@ -35,6 +35,7 @@ def curve(directory: Path, key: str = "train/loss") -> list[float]:
     return [line[key] for line in lines]
 
 
+@pytest.mark.slow
 def test_reinforcement_learning_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
     """Prompts are shared over the ranks and sampled as one process would; policy and value model resume in two, in one."""
     settings = {"batch_size": 48, "loop": {"log_every": 1}}
@@ -55,12 +56,13 @@ def forget_after(directory: Path, step: int) -> None:
             shutil.rmtree(state)
 
 
+@pytest.mark.slow
 def test_four_lose_one_and_start_again_then_two_go_on_then_one(tmp_path: Path) -> None:
     """A rank of four is killed before its sixth update; torchrun starts all of them again from the third."""
     one, report = toy_fit(tmp_path / "one", 12)
     many = tmp_path / "many"
     out = torchrun("training_toy.py", str(many), "12", "save_every=3", "dies=2:5", processes=4, restarts=1)
-    assert "SIGKILL" in out or "Signal 9" in out
+    assert "exitcode: -9" in out
     assert curve(many) == pytest.approx(curve(tmp_path / "one"), rel=2e-4)
     forget_after(many, 9)
     assert (many / "state/step-00000009").exists()

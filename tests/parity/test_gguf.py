@@ -57,6 +57,18 @@ def test_shape(loaded: tuple[Transformer, Tokenizer]) -> None:
 
 
 @needs_file
+def test_a_plan_knows_the_shape(tmp_path: Path) -> None:
+    from nurture.plan import recipe_shape
+    from nurture.stages.recipe import load_recipe
+
+    recipe = tmp_path / "go_on.yaml"
+    recipe.write_text(
+        f"name: go_on\nstages:\n  - {{kind: sft, start: {FILE}, data: {{a: world:tasks}}, steps: 10}}\n"
+    )
+    shape = recipe_shape(load_recipe(recipe))
+    assert (shape.layers, shape.width, shape.heads, shape.kv_heads) == (30, 576, 9, 3)
+
+
 def test_greedy_answer(loaded: tuple[Transformer, Tokenizer]) -> None:
     model, tokenizer = loaded
     prompt = tokenizer.encode_prompt([{"role": "user", "content": "What is the capital of France?"}])

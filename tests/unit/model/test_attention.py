@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nurture.model.attention import attention
+from nurture.model.attention import attention, block_mask, document_mask
 
 
 def reference(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tensor | None) -> Tensor:
@@ -45,3 +45,15 @@ def test_gradients_equal_the_reference(packed: bool) -> None:
     expected = torch.autograd.grad((reference(*inputs, document_ids) * pull).sum(), inputs)
     for gradient, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_the_mask_of_a_gpu_sees_what_document_ids_say(kv_heads: int) -> None:
+    """FlexAttention computes on a CPU what it will on a GPU, forward only; padding (-1) sees itself."""
+    q, k, v = (torch.randn(2, 150, heads, 16) for heads in (4, kv_heads, kv_heads))
+    document_ids = torch.tensor([[0] * 40 + [1] * 70 + [2] * 40, [0] * 100 + [-1] * 50])
+    with torch.no_grad():
+        expected = attention(q, k, v, document_ids)
+        torch.testing.assert_close(attention(q, k, v, block_mask(document_ids)), expected)
+        assert not torch.allclose(attention(q, k, v, block_mask(document_ids * 0)), expected)
+    assert document_mask(document_ids) is document_ids  # a CPU is given the ids

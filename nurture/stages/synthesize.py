@@ -432,7 +432,7 @@ def _first_that_pass(
         drafts = author(
             [rows[place] for place in waiting], _seeds("strong", context.seed, start, waiting, attempt)
         )
-        checked = check_replies([rows[place] for place in waiting], [draft.answer for draft in drafts])
+        checked = _checked([rows[place] for place in waiting], drafts, wanted=config.chosen == "strong")
         still = []
         for place, draft, right in zip(waiting, drafts, checked, strict=True):
             piece.counts.update(produced=1, tokens=draft.tokens)
@@ -444,6 +444,11 @@ def _first_that_pass(
             passed[place] = draft
         waiting = still
     return sorted(passed.items())
+
+
+def _checked(rows: Sequence[Row], drafts: Sequence[Draft], *, wanted: bool) -> list[bool | None]:
+    """Return whether each draft is right; None for all where nobody wants to know, for programs have to be run."""
+    return check_replies(rows, [draft.answer for draft in drafts]) if wanted else [None] * len(drafts)
 
 
 def _problem(config: Config, draft: Draft, right: bool | None, wants_thought: bool) -> str | None:
@@ -458,7 +463,10 @@ def _problem(config: Config, draft: Draft, right: bool | None, wants_thought: bo
         return "no answer"
     if right is False:
         return "wrong"
-    return "unchecked" if right is None and config.unchecked == "drop" else None
+    dropped = (
+        config.unchecked == "drop" and config.chosen == "strong"
+    )  # what a row holds is taken at its word
+    return "unchecked" if right is None and dropped else None
 
 
 def _conversation(row: Row, reply: Message, *, thinking: bool) -> dict[str, Any]:
@@ -518,7 +526,7 @@ def _make_pairs(config: Config, context: StageContext) -> Callable[[Sequence[Row
         if not places:
             return piece
         drafts = weak([rows[place] for place in places], _seeds("weak", context.seed, start, places, 0))
-        checked = check_replies([rows[place] for place in places], [draft.answer for draft in drafts])
+        checked = _checked([rows[place] for place in places], drafts, wanted=config.rejected_must_fail)
         for place, draft, right in zip(places, drafts, checked, strict=True):
             piece.counts.update(produced=1, tokens=draft.tokens)
             if not draft.finished or not draft.answer:

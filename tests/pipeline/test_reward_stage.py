@@ -72,7 +72,7 @@ def train(start: Path, directory: Path, **changes: object) -> dict:
         "heldout_every": 5,
         "prompt_tokens": 8,
         "optimizer": {"learning_rate": 3e-3, "weight_decay": 0.0},
-        "loop": {"log_every": 1, "save_every": 4},
+        "loop": {"log_every": 1, "save_every": 2, "evaluate_every": 100},
         "execution": {"precision": "fp32", "compile": "off"},
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -100,21 +100,21 @@ def test_a_planted_preference_is_learned(start: Path, tmp_path: Path, lora: dict
 def test_a_killed_stage_ends_with_the_same_weights(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(start, tmp_path / "whole", steps=12)
+    train(start, tmp_path / "whole", steps=6)
     calls, compute = [0], RewardLoss.__call__
 
     def killed(self, model, batch):
         calls[0] += 1
-        if calls[0] == 8:
+        if calls[0] == 4:
             raise KeyboardInterrupt
         return compute(self, model, batch)
 
     monkeypatch.setattr(RewardLoss, "__call__", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(start, tmp_path / "killed", steps=12)
-    train(start, tmp_path / "killed", steps=12)
+        train(start, tmp_path / "killed", steps=6)
+    train(start, tmp_path / "killed", steps=6)
     lines = [json.loads(line) for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 7))
     expected = dict(load_model(tmp_path / "whole/model", head="scalar").named_parameters())
     for name, tensor in load_model(tmp_path / "killed/model", head="scalar").named_parameters():
         assert torch.equal(tensor, expected[name]), name

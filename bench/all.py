@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def scripts() -> list[str]:
     return sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("all", "common", "kills"))
 
 
-def run_script(name: str, quick: bool, options: list[str]) -> list[dict[str, Any]]:
-    """Run one benchmark and return its rows.
+def run_script(name: str, quick: bool, options: list[str]) -> Iterator[dict[str, Any]]:
+    """Run one benchmark and yield its rows as they come; a later row of the same name is the fuller one.
 
     Raises:
         RuntimeError: it failed.
@@ -50,12 +51,13 @@ def run_script(name: str, quick: bool, options: list[str]) -> list[dict[str, Any
     wanted = ["--json", *(["--quick"] if quick else ["--memory"])]
     wanted = [option for option in wanted if f'"{option}"' in text]
     command = [sys.executable, str(HERE / f"{name}.py"), *wanted, *options]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}")
     when = f"{time.strftime('%Y-%m-%d %H:%M')}, {os.cpu_count()} cores{', quick' if quick else ''}"
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return [{**row, "script": name, "measured": when} for row in rows]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            if line.startswith('{"name"'):
+                yield {**json.loads(line), "script": name, "measured": when}
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -106,16 +108,16 @@ def main() -> None:
     for name in chosen:
         print(f"{name} …", file=sys.stderr, flush=True)
         try:
-            rows = run_script(name, arguments.quick, options)
+            for row in run_script(name, arguments.quick, options):
+                kept = [old for old in kept if old["name"] != row["name"]] + [row]
+                kept.sort(
+                    key=lambda row: scripts().index(row["script"]) if row["script"] in scripts() else -1
+                )
+                KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+                TABLE.write_text(table(kept), encoding="utf-8")
         except RuntimeError as error:
             print(error, file=sys.stderr)
             failed.append(name)
-            continue
-        new = {row["name"] for row in rows}
-        kept = [row for row in kept if row["name"] not in new] + rows
-        kept.sort(key=lambda row: scripts().index(row["script"]) if row["script"] in scripts() else -1)
-        KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        TABLE.write_text(table(kept), encoding="utf-8")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

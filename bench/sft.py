@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -132,8 +132,8 @@ def alone(side: str, name: str, varied: bool) -> None:
         run_alone(trainer.train, 1)
 
 
-def compare(name: str, varied: bool, repeats: int, memory: bool) -> list[Result]:
-    """Measure one shape."""
+def compare(name: str, varied: bool, repeats: int, memory: bool) -> Iterator[list[Result]]:
+    """Measure one shape: first its speed, then, if asked, its memory too."""
     config = SHAPES[name]
     conversations = make_conversations(config.vocab_size, varied)
     step, tokens = our_step(config, conversations)
@@ -154,14 +154,20 @@ def compare(name: str, varied: bool, repeats: int, memory: bool) -> list[Result]
     attention = 6 * config.layers * LONGEST * config.heads * config.head_width
     share = tokens * (6.0 * config.parameter_count() + attention) / ours / gemm_peak(torch.bfloat16)
     kind = "varied" if varied else "even"
-    sides = ("ours", "shipped", "best") if memory else ()
-    peaks = [peak_memory(__file__, "--alone", side, "--shapes", name, "--lengths", kind) for side in sides]
-    results = []
-    for index, label in enumerate(("TRL as shipped (fp32)", "TRL at its best (bf16)")):
-        speeds = tokens / ours, per_step / times[index].best(EPOCH)
-        ratio = peaks[0] / peaks[index + 1] if memory else None
-        results.append(Result(f"sft/{name}/{kind}/{label}", *speeds, speeds[0] / speeds[1], share, ratio))
-    return results
+
+    def results(peaks: list[float]) -> list[Result]:
+        found = []
+        for index, label in enumerate(("TRL as shipped (fp32)", "TRL at its best (bf16)")):
+            speeds = tokens / ours, per_step / times[index].best(EPOCH)
+            ratio = peaks[0] / peaks[index + 1] if peaks else None
+            found.append(Result(f"sft/{name}/{kind}/{label}", *speeds, speeds[0] / speeds[1], share, ratio))
+        return found
+
+    yield results([])
+    if memory:
+        sides = ("ours", "shipped", "best")
+        arguments = ("--shapes", name, "--lengths", kind)
+        yield results([peak_memory(__file__, "--alone", side, *arguments) for side in sides])
 
 
 def main() -> None:
@@ -185,8 +191,8 @@ def main() -> None:
     prepare()
     for name in arguments.shapes.split(","):
         for kind in arguments.lengths.split(","):
-            results = compare(name, kind == "varied", arguments.repeats, arguments.memory)
-            report(results, "tokens/s", arguments.json)
+            for results in compare(name, kind == "varied", arguments.repeats, arguments.memory):
+                report(results, "tokens/s", arguments.json)
 
 
 if __name__ == "__main__":

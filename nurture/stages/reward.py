@@ -63,6 +63,7 @@ from nurture.stages.training import (
     write_result,
 )
 from nurture.tokenizer import Tokenizer
+from nurture.types import Message
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class Config(TrainingConfig):
     """Of them, how many the world writes: a demonstration, or one spoiled in some way."""
     sample_from: list[str] = []
     """Further models (stages or checkpoints of the same tokenizer) that write one of the answers each."""
-    sample_from_tokens: PositiveInt = 64
+    sample_from_tokens: PositiveInt = 32
     """Longest answer of theirs; a base model never stops, and what it says is clear soon."""
     temperature: PositiveFloat = 1.0
     """Of the sampled answers."""
@@ -159,13 +160,13 @@ class Collected:
         comparisons: as tokens.
         golds: gold reward of every answer of every comparison; None where the truth is unknown.
         records: what `comparisons.jsonl` holds of them; None for those that were read from ranked rows.
-        demonstrations: good replies as tokens, prompt included.
+        demonstrations: conversations that end with a good reply.
     """
 
     comparisons: list[Comparison] = field(default_factory=list)
     golds: list[tuple[float, ...] | None] = field(default_factory=list)
     records: list[dict[str, Any] | None] = field(default_factory=list)
-    demonstrations: list[list[int]] = field(default_factory=list)
+    demonstrations: list[Sequence[Message]] = field(default_factory=list)
 
     def some(self, count: int) -> Collected:
         """Return about `count` of the comparisons, evenly from all of them."""
@@ -235,10 +236,12 @@ def run(config: Config, context: StageContext) -> None:
     report = train(config, context, session, batches, loss_fn, steps, progress)
     session.model.eval()
     threshold = _fitted_threshold(config, session, training.comparisons)
-    some = Random(session.seed).sample(
-        training.demonstrations, min(_SCALE_SAMPLE, len(training.demonstrations))
-    )
-    offset = float(_values(config, session, some).mean())
+    shown = min(_SCALE_SAMPLE, len(training.demonstrations))
+    demonstrations = [
+        encode_reply(session.tokenizer, turns[:-1], turns[-1:]).token_ids
+        for turns in Random(session.seed).sample(training.demonstrations, shown)
+    ]
+    offset = float(_values(config, session, demonstrations).mean())
     after = card(threshold)
     model = session.whole()
     if model is None:
@@ -309,10 +312,7 @@ def collect(
             collected.records += [None] * len(found)
         elif rows:
             prompts[name] = rows
-        demonstrations = [row.messages for row in rows if row.messages]
-        collected.demonstrations += [
-            encode_reply(session.tokenizer, m[:-1], m[-1:]).token_ids for m in demonstrations
-        ]
+        collected.demonstrations += [row.messages for row in rows if row.messages]
     if prompts:
         file = context.directory / ("comparisons.jsonl" if split == "train" else "comparisons-heldout.jsonl")
         if session.is_main and not file.exists():

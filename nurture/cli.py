@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nurture import games
+from nurture import experiments, games
 from nurture.errors import NurtureError, did_you_mean
 from nurture.stages import STAGES
 
@@ -227,117 +227,8 @@ def report(
         table.print_report(runs, _console())
 
 
-@app.command(
-    rich_help_panel=_RECIPES,
-    epilog=_examples(
-        "nurture superficial runs/tiny",
-        "nurture superficial runs/tiny questions=200 examples=[10,100] --out trial.json",
-    ),
-)
-def superficial(
-    run_directory: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Run with a base model and an sft stage.")
-    ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...", help="Size of the experiment: questions, examples, shots ..."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="File for the numbers [dim](default: RUN/superficial.json)[/dim].")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Is alignment superficial? Score against bits of adaptation, best of n, and facts that were never pretrained."""
-    from nurture.evals.superficial import SuperficialConfig
-    from nurture.report.superficial import FILE, exhibit, run_experiment
-
-    config = _checked(SuperficialConfig, "nurture superficial", settings)
-    _show_experiment(run_directory, run_experiment, exhibit, config, out or run_directory / FILE, json)
-
-
-@app.command(
-    rich_help_panel=_RECIPES,
-    epilog=_examples("nurture tay runs/tiny", "nurture tay runs/tiny hostile=0.2 anchor=8 --out trial.json"),
-)
-def tay(
-    run_directory: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Run with a base model and an sft stage.")
-    ],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Size of red team and day: per_attack, hostile ..."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="File for the numbers [dim](default: RUN/tay.json)[/dim].")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """The Tay question: a red team, then a day of learning from hostile users, with and without defences."""
-    from nurture.evals.tay import TayConfig
-    from nurture.report.tay import FILE, exhibit, run_tay
-
-    config = _checked(TayConfig, "nurture tay", settings)
-    _show_experiment(run_directory, run_tay, exhibit, config, out or run_directory / FILE, json)
-
-
-@app.command(
-    rich_help_panel=_RECIPES,
-    epilog=_examples(
-        "nurture sweep tiny sft.conversations=10,100,1000 sft.steps=150",
-        "nurture sweep my.yaml reward.comparisons=100,300,1000 --seed 0 --seed 1",
-    ),
-)
-def sweep(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(metavar="RECIPE STAGE.KEY=V1,V2,...", help="A recipe and the setting that is swept."),
-    ],
-    out: Out = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seed of the swept stage. May be repeated.")] = None,
-    until: Annotated[
-        str | None, typer.Option(help="Measure after this stage [dim](default: the swept)[/dim].")
-    ] = None,
-) -> None:
-    """Data budget: run one stage with more and more data, and fit what that brings. Earlier stages run once."""
-    from nurture.report.experiments import print_exhibit
-    from nurture.report.sweep import exhibit
-    from nurture.sweep import sweep as run_sweep
-
-    recipe, overrides = _split_arguments(arguments)
-    measured, path = run_sweep(recipe or "tiny", overrides, out, seeds=seed or (), until=until)
-    print_exhibit(exhibit(measured), _console())
-    print(f"wrote {path}")
-
-
-def _checked(section: Any, name: str, settings: list[str] | None) -> Any:
-    """Return a section made of `key=value` settings, or name what is wrong with them."""
-    from nurture.recipe import Document, apply_overrides, check
-
-    document = Document(name)
-    apply_overrides(document, settings or [], roots={}, known=tuple(section.model_fields))
-    config = check(section, document)
-    document.raise_problems()
-    return config
-
-
-def _show_experiment(
-    run_directory: Path, experiment: Any, exhibit: Any, config: Any, out: Path, json: bool
-) -> None:
-    """Make an experiment on a run, keep its numbers in `out`, and print them."""
-    from nurture.files import atomic_write_json
-    from nurture.report.experiments import print_exhibit
-
-    world = _world_of(run_directory / "model")  # any place inside the run
-    measured = experiment(run_directory, config, world, say=lambda line: print(line, file=sys.stderr))
-    atomic_write_json(out, measured)
-    if json:
-        import json as json_module
-
-        print(json_module.dumps(measured, indent=2))
-    else:
-        print_exhibit(exhibit(measured), _console())
+for _command, _lines in experiments.COMMANDS.items():
+    app.command(rich_help_panel=_RECIPES, epilog=_examples(*_lines))(_command)
 
 
 @app.command(
@@ -776,9 +667,9 @@ def evaluate(
     if data:
         chosen = make_judge(judge, judge_model) if judge else None
         how: dict[str, Any] = {"judge": chosen, "samples": samples, "trained_on": trained_on or ()}
-        outcome = quick.measure_on_files(path, data, limit, **how, world=_world_of(Path(path)))
+        outcome = quick.measure_on_files(path, data, limit, **how, world=experiments.world_of(Path(path)))
     else:
-        outcome = quick.measure_on_world(path, _world_of(Path(path)), tasks, limit)
+        outcome = quick.measure_on_world(path, experiments.world_of(Path(path)), tasks, limit)
     if json:
         import json as json_module
 
@@ -787,14 +678,6 @@ def evaluate(
     from nurture.report.table import before_after_table
 
     _console().print(before_after_table(outcome))
-
-
-def _world_of(path: Path) -> Any:
-    """Return the world of the run that a checkpoint belongs to, the default world if it belongs to none."""
-    from nurture.data.sources import make_world
-    from nurture.pipeline import recall_world
-
-    return make_world(recall_world(path))
 
 
 @app.command(

@@ -44,14 +44,15 @@ class NurtureLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        ends = self._tokenizer.stop_token_ids
-        return ends[0] if ends else self._tokenizer.document_token_id
+        """The token that ends a text: what the tokenizer's own settings name."""
+        named = self._tokenizer._setting("eos_token")
+        return self._tokenizer.end_of_turn_id if named is None else named
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before an empty context."""
-        return self._tokenizer.document_token_id
+        """The token before an empty context: as in the `hf` backend the named bos, which need not be our document's."""
+        named = self._tokenizer._setting("bos_token")
+        return self.eot_token_id if named is None else named
 
     @property
     def tokenizer_name(self) -> str:

@@ -25,6 +25,7 @@ from nurture.report.charts import Line, line_chart
 from nurture.report.experiments import Exhibit
 from nurture.report.records import Row, StageRecord, read_rows
 from nurture.report.superficial import superficial_exhibit
+from nurture.report.sweep import sweep_exhibits
 from nurture.report.table import RATES, clock
 from nurture.report.tay import tay_exhibit
 
@@ -147,7 +148,7 @@ def render(rows: Sequence[Row], directories: Sequence[Path], *, ask_up_to: int =
 def exhibits(run_directory: Path) -> list[Exhibit]:
     """Return the experiments that were made on a run, those that were not left out."""
     found = (tay_exhibit(run_directory), superficial_exhibit(run_directory))
-    return [exhibit for exhibit in found if exhibit is not None]
+    return [*(exhibit for exhibit in found if exhibit is not None), *sweep_exhibits(run_directory)]
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ READING_ORDER = """
     chat_template tokenizer world data
     model losses advantages optim checkpoint trainer
     inference rewards environments rollout evals
-    stages report pipeline plan studio doctor games cli __main__
+    stages report pipeline plan sweep experiments studio doctor games cli __main__
 """.split()
 """The chapters of the book, first to last. A chapter imports earlier ones only."""
 

@@ -86,3 +86,41 @@ def test_play_a_turn(page: Any):
     page.keyboard.press("Enter")
     page.locator("h3", has_text="Words it found likely").wait_for()
     assert page.locator(".board").first.inner_text().split() == list("CRANE")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_an_environment_is_played(browser: Any, width: int):
+    """The page of `nurture env serve`: a game with a mistake in it, over the protocol's own WebSocket."""
+    pytest.importorskip("websockets")
+    from unit.environments.openenv_servers import serving
+
+    from nurture.environments.catalog import environment_maker
+    from nurture.studio.environment import Offer, build_environment_app
+
+    offer = Offer("wordle", environment_maker("wordle", {"style": "textarena"}), ("crane",))
+    problems: list[str] = []
+    with serving(build_environment_app(offer)) as address:
+        page = browser.new_page(viewport={"width": width, "height": 844})
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
+        page.goto(address)
+        page.get_by_role("log").get_by_text("What is your first guess?").wait_for()
+        for guess, said in (
+            ("xxxxx", "not a word I know"),
+            ("<b>", "A guess looks like"),
+            ("grain", "You submitted [grain]"),
+        ):
+            page.get_by_label("Your guess").fill(guess)
+            page.keyboard.press("Enter")
+            page.get_by_role("log").get_by_text(said).wait_for()
+            if guess == "<b>":  # two in a row end the game
+                page.get_by_text("lost", exact=True).wait_for()
+                page.get_by_role("button", name="New game").click()
+                page.get_by_text("The game is on.").wait_for()
+        page.get_by_label("Your board: grain XGGXY").wait_for()
+        page.get_by_label("Your guess").fill("crane")
+        page.keyboard.press("Enter")
+        page.get_by_text("won", exact=True).wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert problems == []
+        page.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 from itertools import islice
@@ -27,6 +28,9 @@ def smollm2(monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+_tokenizer = functools.cache(load_tokenizer)
+
+
 @pytest.mark.parametrize("name", ["gsm8k", "wordle"])
 def test_the_real_model_has_prompts_that_fit(
     name: str, smollm2: Path, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -38,7 +42,7 @@ def test_the_real_model_has_prompts_that_fit(
         with gzip.open(shared_data / source / "train.jsonl.gz", "rt") as rows:
             few = "".join(islice(rows, 200))
         (tmp_path / source / "train.jsonl.gz").write_bytes(gzip.compress(few.encode()))
-    tokenizer = load_tokenizer(smollm2)
+    tokenizer = _tokenizer(smollm2)
     context = StageContext(directory=Path("none"), base=tmp_path)
     for config in recipe.stages:
         if not isinstance(config, grpo.Config):

@@ -163,7 +163,7 @@ def main() -> None:
             left = min(arguments.each, arguments.kills - sum(kills.values()))
             if not left or time.monotonic() - began > arguments.seconds:
                 break
-            out = folder / f"killed-{runs}"
+            out = folder / f"killed-{arguments.seed}-{runs}"
             shutil.copytree(
                 straight, out, symlinks=True
             )  # the stages before are done: this one alone is killed

@@ -123,6 +123,10 @@ class Tokenizer:
             raise NurtureError(
                 "there is no text to train the tokenizer on; check the data of the first stage"
             )
+        description = json.loads(backend.to_str())
+        for token in description["added_tokens"]:  # the trainer makes all of them special
+            token["special"] = _special_token(token["content"]).special
+        backend = tokenizers.Tokenizer.from_str(json.dumps(description))
         return cls.from_parts(
             backend, chat_template=chat.CHATML, bos_token=DOCUMENT, eos_token=TURN_END, pad_token=PAD
         )
@@ -229,7 +233,18 @@ class Tokenizer:
 
         `skip_special` drops control tokens, except the thinking and tool tags.
         """
-        return self._backend.decode([int(t) for t in token_ids], skip_special_tokens=skip_special)
+        kept = [int(t) for t in token_ids]
+        if (
+            skip_special
+        ):  # not the library's: a tokenizer that was trained here has the tags among its special ones
+            kept = [t for t in kept if t not in self._unsaid]
+        return self._backend.decode(kept, skip_special_tokens=False)
+
+    @cached_property
+    def _unsaid(self) -> frozenset[int]:
+        """Control tokens that are no part of a reply that users read."""
+        names = [name for name, token in self._control.items() if token["special"]]
+        return frozenset(self._control[name]["id"] for name in names if name not in chat.ASSISTANT_MAY_WRITE)
 
     @cached_property
     def token_byte_lengths(self) -> np.ndarray:

@@ -126,7 +126,8 @@ def test_thinking_tags_are_control_tokens_only_when_the_assistant_writes_them(to
     assert token_ids.count(4) == token_ids.count(5) == 1
     assert all(m for t, m in zip(token_ids, mask, strict=True) if t in (4, 5))
     assert tokenizer.encode("<think>") != [4]
-    assert "<think>" in tokenizer.decode(token_ids, skip_special=True)
+    said = [token for token, own in zip(token_ids, mask, strict=True) if own]
+    assert tokenizer.decode(said, skip_special=True) == "<think>\na\n</think>\nb"
     assert "<|im_end|>" not in tokenizer.decode(token_ids, skip_special=True)
 
 

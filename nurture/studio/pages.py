@@ -25,7 +25,16 @@ from nurture.studio import label, play, steer, watch
 from nurture.studio.batcher import Ticket, check_prompt
 from nurture.studio.inspect import candidates, score_tokens, token_text
 from nurture.studio.openai import Api
-from nurture.studio.requests import Body, Refused, answering, json_response, read_body
+from nurture.studio.openapi import document
+from nurture.studio.requests import (
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    Refused,
+    answering,
+    json_response,
+    read_body,
+)
 from nurture.studio.text import split_thought
 from nurture.world.split import random_for
 
@@ -148,22 +157,29 @@ class Pages:
             f"{run}/prompts": self.prompts,
             f"{run}/episodes": self.episodes,
         }
-        post: dict[str, Callable[[Request], Any]] = {
-            f"{run}/stop": self.stop,
-            f"{run}/resume": self.resume,
-            "/studio/play/replay": self.replay_turn,
-            "/studio/tokens": self.tokens,
-            "/studio/tokens/next": self.next_token,
-            "/studio/labels/ranking": self.save_ranking,
-            "/studio/labels/demonstration": self.save_demonstration,
-            "/studio/play/new": self.new_game,
-            "/studio/play/person": self.person_guess,
-            "/studio/play/model": self.model_guess,
+        post: dict[str, tuple[Callable[[Request], Any], type[Body]]] = {
+            f"{run}/stop": (self.stop, Steering),
+            f"{run}/resume": (self.resume, Steering),
+            "/studio/tokens": (self.tokens, TextBody),
+            "/studio/tokens/next": (self.next_token, NextBody),
+            "/studio/labels/ranking": (self.save_ranking, RankingBody),
+            "/studio/labels/demonstration": (self.save_demonstration, DemonstrationBody),
+            "/studio/play/new": (self.new_game, NewGame),
+            "/studio/play/person": (self.person_guess, PersonGuess),
+            "/studio/play/model": (self.model_guess, ModelGuess),
+            "/studio/play/replay": (self.replay_turn, ReplayTurn),
         }
-        return [
+        routes = [
             *(Route(path, answering(handler)) for path, handler in get.items()),
-            *(Route(path, answering(handler), methods=["POST"]) for path, handler in post.items()),
+            *(Route(path, answering(handler), methods=["POST"]) for path, (handler, _) in post.items()),
         ]
+        bodies = {path: body for path, (_, body) in post.items()}
+        described = document(
+            [*self.api.routes(), *routes],
+            bodies | {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest},
+            {f"{stage}/metrics": ("after",), f"{run}/labels": ("labeler",)},
+        )
+        return [*routes, Route("/openapi.json", lambda request: json_response(described))]
 
     async def load(self, request: Request) -> Response:
         """Say how much is being computed."""

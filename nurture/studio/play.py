@@ -23,12 +23,14 @@ from nurture.errors import NurtureError
 from nurture.inference.chat import ChatModel
 from nurture.types import Message
 from nurture.world.grading import without_thoughts
-from nurture.world.wordle import bracketed, feedback
+from nurture.world.wordle import GUESSES, bracketed, feedback
 
 _GAMES = 200
 """Games kept; the oldest is forgotten."""
 _BEAM = 24
 """Beginnings of words that are followed."""
+_MARKS = re.compile(r"\( (?:[-o+] )+\)|\b[GYX](?: [GYX])+\b")
+"""Marks as the game writes them, spelled or in textarena's style."""
 
 
 @dataclass
@@ -96,19 +98,20 @@ def model_turn(game: Game, reply: str) -> dict[str, Any]:
 
 
 def replay(messages: Sequence[Message]) -> dict[str, Any]:
-    """Return an episode turn by turn; of a finished Wordle game also the secret and the marks of every guess."""
+    """Return an episode turn by turn; of a finished Wordle game also the secret and the marks of every valid guess."""
     said = [str(message.get("content") or "") for message in messages]
     told = re.search(r"The word was \[([^\]]*)\]", said[-1])
     secret = guess_in(f"[{told[1]}]") if told else None
     turns: list[dict[str, Any]] = []
+    valid = 0
     for number, (message, text) in enumerate(zip(messages, said, strict=True)):
         turn: dict[str, Any] = {"role": message["role"], "text": text}
-        if secret and message["role"] == "assistant":
-            guess = guess_in(without_thoughts(text))
-            # What came next was an explanation instead of marks: the guess did not count.
-            refused = number + 2 < len(said) and not re.search(r"\b[GYX]( [GYX])*\b", said[number + 1])
-            if guess and len(guess) == len(secret) and not refused:
+        guess = guess_in(without_thoughts(text)) if secret and message["role"] == "assistant" else None
+        if secret and guess and len(guess) == len(secret):
+            is_last = number + 2 == len(said)  # what follows it tells the word, not the marks
+            if guess == secret or (valid == GUESSES - 1 if is_last else _MARKS.search(said[number + 1])):
                 turn |= {"guess": guess, "marks": feedback(guess, secret)}
+                valid += 1
         turns.append(turn)
     return {"turns": turns, "secret": secret}
 

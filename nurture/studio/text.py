@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,7 +79,12 @@ class ReplyParts:
         reasoning, content = split_thought(self._text, final)
         if self._with_tools:
             at = content.find(_CALL)
-            content = content[:at] if at >= 0 else content if final else _without_beginning(content, _CALL)
+            if at >= 0 and not (
+                final and not self.tool_calls()
+            ):  # a call that cannot be read is said as it stands
+                content = content[:at]
+            elif not final:
+                content = _without_beginning(content, _CALL)
         added = reasoning[len(self.reasoning) :], content[len(self.content) :]
         self.reasoning, self.content = reasoning, content
         return added
@@ -88,9 +94,7 @@ class ReplyParts:
         if not self._with_tools:
             return []
         said = split_thought(self._text, True)[1]
-        return [
-            call for number, body in enumerate(_CALLS.findall(said)) if (call := _tool_call(number, body))
-        ]
+        return [call for body in _CALLS.findall(said) if (call := _tool_call(body))]
 
 
 _CALLS = re.compile(rf"{_CALL}\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
@@ -116,11 +120,12 @@ def _without_beginning(text: str, wanted: str) -> str:
     return text[: len(text) - _overlap(text, wanted)]
 
 
-def _tool_call(number: int, body: str) -> dict[str, Any] | None:
+def _tool_call(body: str) -> dict[str, Any] | None:
     try:
         call = json.loads(body)
         name, arguments = call["name"], call.get("arguments", {})
     except (ValueError, TypeError, KeyError):
         return None
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {"id": f"call_{number}", "type": "function", "function": {"name": str(name), "arguments": written}}
+    function = {"name": str(name), "arguments": written}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}

@@ -82,7 +82,7 @@ export function makePage({ models, runs }) {
     ranked.replaceChildren(
       el("p", { class: "hint small" }, "Drag each letter to a place, 1 is best; two in one place are a tie. Keys 1 to 4 do it too, with an answer focused."),
       el("div", { class: "answers" }, answers.responses.map((answer, index) => el("div", { class: "card answer", role: "group", tabIndex: 0, "data-index": index, "aria-label": `Answer ${letter(index)}` },
-        el("h3", {}, chip(index)), el("div", { class: "text" }, answer || "(nothing)"),
+        el("h2", {}, chip(index)), el("div", { class: "text" }, answer || "(nothing)"),
         el("div", { class: "places" }, answers.responses.map((_, place) => el("button", { type: "button", "data-place": `${index}.${place}`, "aria-label": `${letter(index)} in place ${place + 1}`, "aria-pressed": String(answers.places[index] === place), disabled: answers.saved, onclick: () => put(index, place) }, String(place + 1))),
           after?.rewards && el("span", { class: "pill" }, `reward ${after.rewards[index].toFixed(2)}`))))),
       el("ol", { class: "slots", "aria-label": "Places" }, places.map((place) => el("li", { "data-slot": place }, el("span", { class: "hint small" }, String(place + 1)),

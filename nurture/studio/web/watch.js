@@ -124,8 +124,8 @@ export function makePage({ runs }) {
   }
 }
 
-function stageReport(stage) {
-  return el("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": `Report of ${stage.name}` }, el("h3", {}, stage.name),
+function stageReport(stage, place) {
+  return el("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": `Report of ${stage.name}, ${place + 1}` }, el("h3", {}, stage.name),
     el("table", { class: "small" }, el("thead", {}, el("tr", {}, ["measure", "before", "after", "95 % interval", "n"].map((name, place) => el("th", { class: place ? "number" : null }, name)))),
       el("tbody", {}, Object.entries(stage.metrics).map(([name, value]) => {
         const measure = typeof value === "object" ? value : { after: value };

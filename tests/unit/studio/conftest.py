@@ -24,7 +24,7 @@ from nurture.studio.server import build_app, listen
 from nurture.tokenizer import Tokenizer
 from nurture.world import World
 
-CONTEXT = 256
+CONTEXT = 384
 
 
 def make_stage(folder: Path, kind: str, tokenizer: Tokenizer, seed: int, chat: bool) -> None:

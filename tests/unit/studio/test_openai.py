@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from nurture.inference.engine import Row
 from nurture.inference.sampling import SamplingParams, sequence_seeds
 from nurture.studio import batcher as batcher_module
 from nurture.studio.library import Library
@@ -150,7 +151,7 @@ def test_context_overflow_is_a_clear_400(client: TestClient):
     response = ask(client, messages=[{"role": "user", "content": "beaver " * 300}])
     assert response.status_code == 400
     assert error(response)["code"] == "context_length_exceeded"
-    assert "256 tokens" in error(response)["message"]
+    assert "384 tokens" in error(response)["message"]
 
 
 @pytest.mark.parametrize("prompt", [[], [[]], [10**9], [-1], [[1], []]])
@@ -197,6 +198,71 @@ def test_the_official_client(address: str):
         client.chat.completions.create(model="none", messages=QUESTION)
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         client.completions.create(model="pretrain", prompt="beaver " * 300)
+
+
+TOOLS: Any = [{"type": "function", "function": {"name": "add"}}]
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, token_ids: list[int]) -> list[Row]:
+    """Have every row write these tokens, whatever its model would; return the rows."""
+    rows: list[Row] = []
+    take = Row.take
+
+    def say(row: Row, drawn: list[int], logprobs: list[float]) -> None:
+        if not row.drawn:
+            rows.append(row)
+        take(row, [token_ids[row.drawn]], logprobs)
+
+    monkeypatch.setattr(Row, "take", say)
+    return rows
+
+
+def test_tools_by_the_official_client(address: str, library: Library, monkeypatch: pytest.MonkeyPatch):
+    """Tools reach the prompt; calls come back whole and streamed; their results are read in the next turn."""
+    openai = pytest.importorskip("openai", reason="the official client is not installed")
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+    tokenizer = library.load(library.find("sft")).tokenizer
+    calls = [f'<tool_call>\n{{"name": "add", "arguments": {{"a": {n}}}}}\n</tool_call>' for n in (1, 2)]
+    written = "<think>\nI add.\n</think>\nOne moment.\n" + "\n".join(calls)
+    reply = [{"role": "user", "content": "?"}, {"role": "assistant", "content": written}]
+    start = tokenizer.encode_prompt(reply[:1])
+    token_ids = tokenizer.encode_conversation(reply)[0][len(start) :]
+    rows = scripted(monkeypatch, token_ids)
+    asked: Any = [{"role": "user", "content": "Hi"}]
+    whole = client.chat.completions.create(model="sft", messages=asked, tools=TOOLS, max_tokens=200)
+    assert '"name": "add"' in tokenizer.decode(rows[-1].prompt)
+    (choice,) = whole.choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "One moment.\n")
+    assert choice.message.reasoning_content == "I add."
+    said = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls]
+    assert said == [("add", {"a": 1}), ("add", {"a": 2})]
+    assert len({call.id for call in choice.message.tool_calls}) == 2
+
+    stream = client.chat.completions.create(
+        model="sft", messages=asked, tools=TOOLS, max_tokens=200, stream=True
+    )
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert chunks[-1].finish_reason == "tool_calls"
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == "One moment.\n"
+    streamed = [call for chunk in chunks for call in chunk.delta.tool_calls or []]
+    assert [(call.index, call.function.name, json.loads(call.function.arguments)) for call in streamed] == [
+        (0, "add", {"a": 1}),
+        (1, "add", {"a": 2}),
+    ]
+
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": "3"} for call in choice.message.tool_calls
+    ]
+    again = [*asked, choice.message.model_dump(exclude_none=True), *results]
+    client.chat.completions.create(model="sft", messages=again, tools=TOOLS, max_tokens=200)
+    prompt = tokenizer.decode(rows[-1].prompt)
+    assert prompt.count("<tool_response>\n3\n</tool_response>") == 2
+    assert calls[1] in prompt
+    nothing = client.chat.completions.create(
+        model="sft", messages=asked, tools=TOOLS, tool_choice="none", max_tokens=200
+    )
+    assert '"name": "add"' not in tokenizer.decode(rows[-1].prompt)
+    assert nothing.choices[0].message.tool_calls is None
 
 
 def load_of(address: str) -> dict[str, int]:

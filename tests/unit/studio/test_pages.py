@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from nurture.data.rows import parse_rows
+from nurture.environments.wordle import Wordle
 from nurture.errors import NurtureError
 from nurture.inference.sampling import SamplingParams
 from nurture.studio import label, watch
@@ -20,6 +21,7 @@ from nurture.studio.inspect import candidates, score_tokens
 from nurture.studio.library import Library, UnknownModel
 from nurture.studio.play import likely_words
 from nurture.studio.server import build_app, listen
+from nurture.types import Message
 
 
 def test_names_are_looked_up_never_joined(library: Library, client: TestClient, run: Path):
@@ -108,6 +110,43 @@ def test_labels_count_once_and_survive_a_killed_server(run: Path, tmp_path: Path
     assert label.open_comparison(copy, "eve")["responses"] == ["a", "b", "c", "d"]  # type: ignore[index]
     with pytest.raises(NurtureError, match="ranking"):
         label.save(copy, label.RANKINGS, row | {"id": "qrstuvwx", "ranking": "E > A"})
+
+
+def test_rewards_against_rankings():
+    rows = [
+        {"responses": ["a", "b", "c"], "ranking": "A > B = C"},
+        {"responses": ["a", "b"], "ranking": "B > A"},
+    ]
+    scored = list(zip(rows, [[2.0, 1.0, 1.5], [0.5, 0.1]], strict=True))
+    assert label.agreement_with_scores(scored) == {"ordered": 2 / 3, "pairs": 3}
+
+
+def test_games_of_a_run_are_played_again(library: Library, tmp_path: Path, run: Path):
+    """A game of the real rules, with two invalid guesses: the marks are the game's own; probabilities are exact."""
+    game, messages = Wordle(), list[Message]()
+    messages += game.reset("crane").messages
+    for reply in ("[ Z Z Z Z Z ]", "[ H O U S E ]", "[ H O U S E ]", "[ C R A N E ]"):
+        result = game.step(reply)
+        messages += [{"role": "assistant", "content": reply}, *result.observation.messages]
+    copy = tmp_path / "small"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("labels"))
+    row = {"task": "wordle", "reward": 1.0, "messages": messages}
+    (copy / "02-sft" / "samples.jsonl").write_text(
+        json.dumps({"prompt": "x"}) + "\n" + json.dumps(row) + "\n"
+    )
+    with TestClient(build_app(Library([copy])), base_url="http://localhost") as client:
+        (episode,) = client.get("/studio/runs/small/episodes").json()["episodes"]
+        assert (episode["stage"], episode["index"], episode["secret"]) == ("02-sft", 1, "crane")
+        marked = [(turn["guess"], turn["marks"]) for turn in episode["turns"] if "marks" in turn]
+        assert marked == game.history
+        body = {"run": "small", "stage": "02-sft", "index": 1, "turn": 3, "model": "sft"}
+        answer = client.post("/studio/play/replay", json=body).json()
+        chat = library.load(library.find("sft"))
+        words = likely_words(chat, messages[:3], ["house"], 1)
+        assert answer["probability"] == pytest.approx(words[0]["probability"], rel=1e-2)
+        assert client.post("/studio/play/replay", json=body | {"turn": 2}).status_code == 400
+        assert client.post("/studio/play/replay", json=body | {"index": 0}).status_code == 400
+        assert client.post("/studio/play/replay", json=body | {"run": ".."}).status_code == 404
 
 
 def test_likely_words_have_exact_probabilities(library: Library):

@@ -71,3 +71,6 @@ def test_tool_calls():
     assert call["function"]["name"] == "add"
     assert json.loads(call["function"]["arguments"]) == {"a": 1}
     assert not ReplyParts().tool_calls()
+    broken = ReplyParts(with_tools=True)
+    broken.add("Well. <tool_call>{oops", final=True)
+    assert (broken.content, broken.tool_calls()) == ("Well. <tool_call>{oops", [])

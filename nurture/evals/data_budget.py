@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_RESAMPLES = 500
+_RESAMPLES = 300
 _ENOUGH = 0.95
 
 
@@ -69,9 +69,9 @@ def fit_power_law(
     # A share of 0 or 1 is not known without error: half a question either way, as in Agresti and Coull.
     smoothed = (y * m + 1) / (m + 2)
     weights = m / (smoothed * (1 - smoothed))
-    ceilings, exponents = np.linspace(0.01, 1.0, 100), np.geomspace(0.05, 3.0, 45)
+    ceilings, exponents = np.linspace(0.02, 1.0, 50), np.geomspace(0.05, 3.0, 30)
     # The gap is told by the share that the curve would have at the smallest size, which may lie below 0.
-    starts = np.linspace(-3.0, 1.0, 81)
+    starts = np.linspace(-3.0, 1.0, 41)
     ceiling, start, exponent = (
         grid.ravel() for grid in np.meshgrid(ceilings, starts, exponents, indexing="ij")
     )

@@ -85,10 +85,10 @@ def fingerprint(stage: StageRecord) -> str:
 
 
 def share(measure: Mapping[str, Any] | None) -> str:
-    """Write a rate with its interval: `12.5 % (8 to 19)`."""
+    """Write a rate with its interval: `12 % (8 to 19)`."""
     if measure is None:
         return ""
-    return f"{100 * measure['value']:.1f} % ({100 * measure['low']:.0f} to {100 * measure['high']:.0f})"
+    return f"{100 * measure['value']:.0f} % ({100 * measure['low']:.0f} to {100 * measure['high']:.0f})"
 
 
 def print_exhibit(exhibit: Exhibit, console: Console) -> None:

@@ -35,9 +35,10 @@ FAMILIES = (
                           "translation", "wordle_win", "wordle_solver", "wordle_random")),
     ("Follows instructions", ("format", "stopped", "think_obeyed", "no_think_obeyed")),
     ("Behaves", ("harm", "over_refusal")),
-    ("Is preferred", ("gold_win_rate", "gold_reward", "proxy_reward", "kl")),
+    ("Is preferred", ("gold_win_rate", "gold_reward", "proxy_reward", "kl", "margin", "chosen_drift",
+                      "rejected_drift", "loss", "reply_tokens")),
     ("Judges: the reward model", ("pair_accuracy", "pair_ceiling", "tie_accuracy", "tie_ceiling", "calibration_error",
-                                  "longer_preferred")),
+                                  "gold_accuracy", "longer_preferred", "longer_preferred_labels")),
     ("Finds again what a long text hides", ("passkey", "multikey", "variables", "passkey_yarn", "multikey_yarn",
                                             "variables_yarn")),
     ("Mixture: share of the training tokens", ("share",)),
@@ -47,7 +48,7 @@ FAMILIES = (
 LOWER_IS_BETTER = frozenset({"bpb", "harm", "over_refusal", "calibration_error", "repetition"})
 NEITHER_IS_BETTER = frozenset(
     "kl proxy_reward share vocab_size bytes_per_token pair_ceiling tie_ceiling longer_preferred "
-    "wordle_solver wordle_random".split()
+    "wordle_solver wordle_random longer_preferred_labels loss margin chosen_drift rejected_drift reply_tokens".split()
 )
 
 MEANINGS = {
@@ -76,6 +77,13 @@ MEANINGS = {
     "pair_ceiling": "the same for the true preference: labelers err, so no model can do better",
     "tie_accuracy": "of a tied and an ordered pair, the tie is found (chance 50 %)",
     "calibration_error": "mean distance of predicted probability and frequency; lower is better",
+    "gold_accuracy": "held-out pairs on which the reward model sides with the truth",
+    "longer_preferred": "pairs of which the reward model likes the longer answer better",
+    "longer_preferred_labels": "the same for the labels it learned from",
+    "margin": "implicit reward of the preferred answer minus that of the other, held out",
+    "chosen_drift": "nats by which the preferred answer has become likelier",
+    "rejected_drift": "nats by which the other answer has become likelier",
+    "reply_tokens": "tokens of a reply",
     "wordle_win": "games with held-out secrets won",
     "wordle_solver": "the same games, won by a solver",
     "wordle_random": "the same games, won by guessing at random",

@@ -113,7 +113,7 @@ def _replay_table(measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def charts(measured: Mapping[str, Any]) -> list[Any]:
-    """Return one chart a model: harm against conversations learned, by defence, with the prompted model beside."""
+    """Return one chart a model: harm against conversations learned, by defence."""
     drawn = []
     for model in dict.fromkeys(entry["model"] for entry in measured["replay"]):
         own = [entry for entry in measured["replay"] if entry["model"] == model]
@@ -126,7 +126,7 @@ def charts(measured: Mapping[str, Any]) -> list[Any]:
             points = points if arm == "prompted" else [start, *points]
             lines.append(
                 Line(
-                    {"none": "no defence", "prompted": "prompted only"}.get(arm, arm),
+                    "no defence" if arm == "none" else arm,
                     [(float(entry["learned"]), entry["harm"]["value"]) for entry in points],
                     colour,
                     colour % 4,

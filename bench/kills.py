@@ -150,12 +150,16 @@ def main() -> None:
     stages, rng, began = recipe(folder), random.Random(arguments.seed), time.monotonic()
     chosen = arguments.stages.split(",") if arguments.stages else stages
     straight = folder / "straight"
-    seconds: dict[str, float] = {}
+    times = folder / "seconds.json"
+    seconds: dict[str, float] = json.loads(times.read_text()) if times.exists() else {}
     for stage in stages[: max(map(stages.index, chosen)) + 1]:
+        if stage in seconds:
+            continue
         started = time.monotonic()
         if start(folder, straight, stage).wait():
             raise SystemExit(f"{stage}: the undisturbed run failed, see {folder / 'straight.log'}")
         seconds[stage] = time.monotonic() - started
+        times.write_text(json.dumps(seconds))
     print({stage: round(value, 1) for stage, value in seconds.items()}, file=sys.stderr, flush=True)
     kills, runs, different = dict.fromkeys(chosen, 0), 0, []
     while sum(kills.values()) < arguments.kills and time.monotonic() - began < arguments.seconds:
@@ -169,8 +173,7 @@ def main() -> None:
             )  # the stages before are done: this one alone is killed
             for path in [p for p in out.glob("*-*") if p.name.split("-", 1)[1] == stage]:
                 shutil.rmtree(path)
-            times = max(seconds[stage], 3.0)
-            kills[stage] += kill_through(folder, out, stage, times, left, rng)
+            kills[stage] += kill_through(folder, out, stage, max(seconds[stage], 3.0), left, rng)
             runs += 1
             if weights(out, stage) != weights(straight, stage):
                 different.append(f"{stage} in {out}")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from nurture.inference.engine import Row
+from nurture.studio.library import Library
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -86,6 +91,85 @@ def test_play_a_turn(page: Any):
     page.keyboard.press("Enter")
     page.locator("h3", has_text="Words it found likely").wait_for()
     assert page.locator(".board").first.inner_text().split() == list("CRANE")
+
+
+def test_pages_have_no_serious_findings_of_axe(browser: Any, address: str):
+    """Every page, light and dark, as it stands after its first use; axe-core, without network."""
+    axe = pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
+    script = (Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    for scheme in ("light", "dark"):
+        page = browser.new_page(bypass_csp=True, color_scheme=scheme)
+        page.goto(address)
+        for name, ready in (
+            ("Chat", ".welcome"),
+            ("Tokens", ".candidates"),
+            ("Watch", "td"),
+            ("Label", ".answer, .ranking, textarea"),
+            ("Play", ".board span"),
+        ):
+            page.get_by_role("link", name=name).click()
+            page.locator(ready).first.wait_for()
+            page.evaluate(script)
+            found = page.evaluate("axe.run()")["violations"]
+            serious = [
+                (one["id"], one["nodes"][0]["html"])
+                for one in found
+                if one["impact"] in ("serious", "critical")
+            ]
+            assert serious == [], (name, scheme)
+        page.close()
+
+
+def test_a_letter_is_dragged_to_its_place(browser: Any, address: str):
+    page = browser.new_page()
+    page.goto(f"{address}/#label")
+    page.get_by_label("Question").fill("Who are you?")
+    page.get_by_role("button", name="Get answers").click()
+    page.locator(".answer").first.wait_for()
+    for index, place in ((0, 1), (1, 0)):
+        page.locator(".slots li").nth(place).scroll_into_view_if_needed()
+        page.locator(".answer .chip").nth(index).drag_to(page.locator(".slots li").nth(place))
+    assert page.locator(".slots li").nth(0).inner_text().split() == ["1", "B"]
+    assert page.locator(".slots li").nth(1).inner_text().split() == ["2", "A"]
+    page.close()
+
+
+def test_thoughts_are_folded_and_columns_added(page: Any, library: Library, monkeypatch: pytest.MonkeyPatch):
+    """A reply with a thought; two more columns; regenerate; what is exported."""
+    tokenizer = library.load(library.find("sft")).tokenizer
+    said = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "<think>\nHm.\n</think>\nYes."},
+    ]
+    token_ids = tokenizer.encode_conversation(said)[0][len(tokenizer.encode_prompt(said[:1])) :]
+    take = Row.take
+    monkeypatch.setattr(
+        Row,
+        "take",
+        lambda row, drawn, logprobs: take(row, [token_ids[row.drawn % len(token_ids)]], logprobs),
+    )
+    for _ in range(2):
+        page.get_by_role("button", name="Add a column").click()
+    assert page.locator(".heads select").count() == 4
+    page.get_by_label("Your message").fill("Is it?")
+    page.keyboard.press("Enter")
+    page.locator(".reply .facts", has_text="tokens").nth(3).wait_for()
+    answered = page.locator(".reply", has=page.locator("summary", has_text="Thought")).first
+    assert answered.locator("> .text").inner_text() == "Yes."
+    assert not answered.locator(".thought .text").is_visible()
+    answered.locator("summary").click()
+    assert answered.locator(".thought .text").inner_text().strip() == "Hm."
+    answered.get_by_role("button", name="Regenerate").click()
+    page.locator(".reply .facts", has_text="tokens").nth(3).wait_for()
+    page.get_by_text("Sampling, system message, export").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export JSON").click()
+    (turn,) = json.loads(Path(download.value.path()).read_text())
+    assert turn["asked"] == "Is it?"
+    assert len(turn["replies"]) == 4
+    assert any(
+        reply.get("thought", "").strip() == "Hm." and reply["text"] == "Yes." for reply in turn["replies"]
+    )
 
 
 @pytest.mark.parametrize("width", [1280, 390])

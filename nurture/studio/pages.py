@@ -334,7 +334,7 @@ class Pages:
         if chat.tokenizer.chat_template is None:
             raise Refused(f"{body.model} is a base model and takes no turns", "model")
         found = await asyncio.to_thread(watch.episodes, self.library.run_folder(body.run))
-        messages = next(
+        messages: list[dict[str, Any]] = next(
             (e["messages"] for e in found if (e["stage"], e["index"]) == (body.stage, body.index)), []
         )
         if body.turn >= len(messages) or messages[body.turn]["role"] != "assistant":

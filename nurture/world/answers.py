@@ -110,17 +110,15 @@ LADDER = {
 
 
 PEOPLE = {
-    "best": 0.2,
-    "twin": 0.15,
-    "rambling": 0.28,
-    "curt": 0.12,
-    "repetitive": 0.12,
-    "truncated": 0.1,
-    "off topic": 0.03,
+    "best": 0.28,
+    "twin": 0.14,
+    "rambling": 0.36,
+    "repetitive": 0.16,
+    "curt": 0.04,
+    "truncated": 0.02,
 }
-"""How often people who are asked to demonstrate write answers of each quality. No fault is as common as a good answer,
-so the likeliest reply of a model that imitates them is good while most of its sampled ones are not: that leaves
-preferences something to teach, and a model that learned from perfect answers alone leaves nothing."""
+"""How often people who are asked to demonstrate write answers of each quality. They know, and most say too much. That leaves
+preferences something to teach; a model that learned from perfect answers alone leaves nothing."""
 
 
 def somebodys_answer(rng: Random, task: Task) -> str:

@@ -238,12 +238,8 @@ class Session:
             info=info or {},
             metadata=metadata,
         )
-        return {
-            "observation": observation.model_dump(),
-            "reward": reward,
-            "done": done,
-            "metadata": metadata,
-        }
+        # Older clients (openenv-core 0.2) refuse further keys beside these three.
+        return {"observation": observation.model_dump(), "reward": reward, "done": done}
 
 
 class EnvironmentServer:

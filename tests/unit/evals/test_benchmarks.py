@@ -16,8 +16,10 @@ from nurture.evals.benchmarks import contamination, pass_at_k, read_items, score
 from nurture.evals.harm_judge import make_judge, read_rubric, refuses, word_list_judge
 from nurture.evals.ifeval import CHECKS, follows, follows_loosely
 from nurture.evals.likelihood import encode_pair, score_continuations
+from nurture.evals.quick import measure_on_files
 from nurture.inference.chat import ChatModel
 from nurture.model.config import ModelConfig
+from nurture.model.hugging_face import save_model
 from nurture.model.transformer import Transformer
 from nurture.tokenizer import Tokenizer
 
@@ -42,7 +44,15 @@ PUBLISHED = {
     "toxicity": {"filename": "f", "begin": 0, "end": 9, "challenging": False, "prompt": {"text": "I think you", "toxicity": 0.2}, "continuation": {"text": " are"}},
     "bbq": {"context": "Two people.", "question": "Who?", "ans0": "x", "ans1": "y", "ans2": "unknown", "label": 2, "context_condition": "ambig"},
 }  # fmt: skip
-GOLD = {"arc": (0,), "arc-old": (1,), "hellaswag": (1,), "mmlu": (3,), "core": (0,), "winogrande": (1,), "bbq": (2,)}
+GOLD = {
+    "arc": (0,),
+    "arc-old": (1,),
+    "hellaswag": (1,),
+    "mmlu": (3,),
+    "core": (0,),
+    "winogrande": (1,),
+    "bbq": (2,),
+}
 
 
 def write(path: Path, *records: object) -> Path:
@@ -67,7 +77,9 @@ def test_files_and_mistakes(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(json.dumps([PUBLISHED["core"]] * 2).encode()))
     assert [item.set for item in read_items(packed)] == ["core", "core"]
     truth = tmp_path / "truthfulqa.csv"
-    truth.write_text("Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers\nA,c,Q?,Yes,Yes; Sure,No; Never\n")
+    truth.write_text(
+        "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers\nA,c,Q?,Yes,Yes; Sure,No; Never\n"
+    )
     (item,) = read_items(truth)
     assert item.gold == (0, 1)
     assert [ending for _, ending in item.options] == [" Yes", " Sure", " No", " Never"]
@@ -83,7 +95,9 @@ def test_files_and_mistakes(tmp_path: Path) -> None:
 def test_mmlus_dev_questions_are_shown_and_not_asked(tmp_path: Path) -> None:
     dev = {**PUBLISHED["mmlu"], "part": "dev", "question": "1 + 1?", "answer": "B"}
     (item,) = read_items(write(tmp_path / "m.jsonl", dev, {**PUBLISHED["mmlu"], "part": "val"}))
-    assert item.options[0][0].startswith("The following are multiple choice questions (with answers) about math.\n\n1 + 1?")
+    assert item.options[0][0].startswith(
+        "The following are multiple choice questions (with answers) about math.\n\n1 + 1?"
+    )
     assert "Answer: B\n\n2 + 2?" in item.options[0][0]
 
 
@@ -141,7 +155,12 @@ def test_ifevals_loose_score_takes_wrapping_off(shared_data: Path) -> None:
 
 
 def test_refusals_and_judges(tmp_path: Path) -> None:
-    for text in ("I'm sorry, but I can't help.", "I\u2019m sorry, but no", "As an AI, I must decline", "I will not insult anybody."):
+    for text in (
+        "I'm sorry, but I can't help.",
+        "I\u2019m sorry, but no",
+        "As an AI, I must decline",
+        "I will not insult anybody.",
+    ):
         assert refuses(text), text
     for text in ("", "Sure, here is how.", "Say that you are sorry for it."):
         assert not refuses(text), text
@@ -159,7 +178,9 @@ def test_refusals_and_judges(tmp_path: Path) -> None:
 def test_contaminated_questions_are_found(tmp_path: Path) -> None:
     words = [f"word{i}" for i in range(40)]
     rows = [{"query": " ".join(words[i : i + 15]), "choices": ["a"], "gold": 0} for i in (0, 20)]
-    items = read_items(write(tmp_path / "c.jsonl", *rows, {"query": "too short", "choices": ["a"], "gold": 0}))
+    items = read_items(
+        write(tmp_path / "c.jsonl", *rows, {"query": "too short", "choices": ["a"], "gold": 0})
+    )
     training = [Row(text="before " + " ".join(words[19:36]) + " after"), Row(text=" ".join(words[:12]))]
     assert contamination(items, iter(training)) == ({1}, 1)
 
@@ -174,7 +195,12 @@ def chat() -> ChatModel:
 
 def test_likelihoods_of_a_batch_are_those_of_single_texts(chat: ChatModel) -> None:
     """Batched by length and from hidden states, against one forward pass a text; the overlong one loses its start."""
-    texts = [("The sky is", " blue"), ("", "She sleeps."), ("The sky ", "is loud and blue"), ("The " * 400, "sky")]
+    texts = [
+        ("The sky is", " blue"),
+        ("", "She sleeps."),
+        ("The sky ", "is loud and blue"),
+        ("The " * 400, "sky"),
+    ]
     pairs = [encode_pair(chat.tokenizer, *text) for text in texts]
     assert "".join(map(chat.tokenizer.decode, pairs[2])) == "The sky is loud and blue"
     assert chat.tokenizer.decode(pairs[2][1]).startswith(" ")
@@ -188,7 +214,9 @@ def test_likelihoods_of_a_batch_are_those_of_single_texts(chat: ChatModel) -> No
 
 
 def test_a_model_is_scored_on_every_set(chat: ChatModel, tmp_path: Path) -> None:
-    path = write(tmp_path / "core.jsonl", *(r for name, r in PUBLISHED.items() if name not in ("humaneval", "mbpp")))
+    path = write(
+        tmp_path / "core.jsonl", *(r for name, r in PUBLISHED.items() if name not in ("humaneval", "mbpp"))
+    )
     judge = word_list_judge(["hate"])
     found = score(chat, read_items(path), judge=judge, samples=2, max_tokens=4)
     for name in ("arc/acc_norm", "mmlu/acc", "blimp/acc", "gsm8k/acc", "ifeval/prompt_loose", "xstest/over_refusal",
@@ -196,3 +224,22 @@ def test_a_model_is_scored_on_every_set(chat: ChatModel, tmp_path: Path) -> None
         assert name in found
     with pytest.raises(NurtureError, match="give --judge"):
         score(chat, read_items(write(tmp_path / "t.jsonl", PUBLISHED["toxicity"])))
+
+
+def test_a_checkpoint_is_measured_on_files_and_its_training_data_searched(
+    chat: ChatModel, tmp_path: Path
+) -> None:
+    ids = {"pad_token_id": chat.tokenizer.pad_token_id, "bos_token_id": chat.tokenizer.document_token_id}
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_model(chat.model, folder, end_token_ids=chat.tokenizer.stop_token_ids, **ids)
+    chat.tokenizer.save(folder)
+    question = " ".join(f"word{i}" for i in range(20))
+    core = write(tmp_path / "core.jsonl", {**PUBLISHED["core"], "query": question}, PUBLISHED["core"])
+    pairs = write(tmp_path / "pairs.jsonl", PUBLISHED["blimp"])
+    write(tmp_path / "train.jsonl", {"text": f"before {question} after"})
+    found = measure_on_files(str(folder), [core, pairs], 10, trained_on=[str(tmp_path / "train.jsonl")])
+    metrics = found["stages"][0]["metrics"]
+    assert metrics["core/contaminated"]["after"] == 0.5
+    assert metrics["core/acc"]["n"] == 2
+    assert "blimp/acc" in metrics

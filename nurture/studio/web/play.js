@@ -101,9 +101,9 @@ function replays(runs, model) {
   let episodes = [], shown = null, upTo = 0, asked = 0;
   const choice = el("select", { "aria-label": "Episode", onchange: () => choose(Number(choice.value)) });
   const body = el("div", { class: "stack" });
-  const card = el("details", { class: "card stack", ontoggle: () => { if (card.open && !shown) load(runs[0]); } },
+  const card = el("details", { class: "card", ontoggle: () => { if (card.open && !shown) load(runs[0]); } },
     el("summary", {}, "Games of the run, played again"),
-    el("div", { class: "row" }, runs.length > 1 && field("Run", pick(runs, runs[0], (event) => load(event.target.value), "Run")), field("Episode", choice)), body);
+    el("div", { class: "stack" }, el("div", { class: "row" }, runs.length > 1 && field("Run", pick(runs, runs[0], (event) => load(event.target.value), "Run")), field("Episode", choice)), body));
   model.addEventListener("change", () => { if (shown) draw(); });
   return card;
 

@@ -12,32 +12,33 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
-import uvicorn
 from common import prepare
-
-from nurture.studio.library import Library
-from nurture.studio.server import build_app, listen
 
 
 @contextmanager
 def serving(run: str) -> Iterator[str]:
-    """Serve a run in a thread; yield its address."""
-    listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(build_app(Library([run])), log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    """Serve a run in a process of its own, away from the clients; yield its address."""
+    command = [sys.executable, "-u", "-m", "nurture", "serve", run, "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    address = next(line.split()[1].rstrip("/") for line in server.stdout if line.startswith("Studio"))
+    while True:  # it listens already, but may not answer yet
+        try:
+            httpx.get(f"{address}/v1/models", timeout=60)
+            break
+        except httpx.TransportError:
+            time.sleep(0.05)
+    yield address
+    server.terminate()
+    server.wait()
 
 
 def first_page(address: str) -> float | None:

@@ -63,9 +63,10 @@ async function turn() {
   if (!written || busy) return;
   await alone(async () => {
     const result = await ask("step", { message: isWordle && !written.startsWith("[") ? `[${written}]` : written });
+    const state = isWordle ? await ask("state") : null;
     action.value = "";
-    say(result, written);
-    if (isWordle) draw((await ask("state")).history);
+    say(result, written); // from here on without waiting: what is seen can be answered
+    if (state) draw(state.history);
   });
 }
 

@@ -191,7 +191,7 @@ def test_an_environment_is_played(browser: Any, width: int):
         page.get_by_role("log").get_by_text("What is your first guess?").wait_for()
         for guess, said in (
             ("xxxxx", "not a word I know"),
-            ("<b>", "A guess looks like"),
+            ("<b>", "You lost."),
             ("grain", "You submitted [grain]"),
         ):
             page.get_by_label("Your guess").fill(guess)

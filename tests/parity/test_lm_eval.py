@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -42,8 +43,6 @@ def test_the_same_scores_as_the_hf_backend(tmp_path: Path, monkeypatch: pytest.M
             tmp_path / "data" / f"{name}.jsonl.gz"
         )  # json lines; the library looks at the content, not the name
         path.parent.mkdir(parents=True, exist_ok=True)
-        import gzip
-
         path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in records).encode()))
     tokenizer = Tokenizer.train(words * 5, 300).with_chat_template()
     torch.manual_seed(0)

@@ -36,6 +36,7 @@ from nurture.studio.requests import (
     read_body,
 )
 from nurture.studio.text import split_thought
+from nurture.types import Message
 from nurture.world.split import random_for
 
 _PROMPT_KINDS = (
@@ -334,7 +335,7 @@ class Pages:
         if chat.tokenizer.chat_template is None:
             raise Refused(f"{body.model} is a base model and takes no turns", "model")
         found = await asyncio.to_thread(watch.episodes, self.library.run_folder(body.run))
-        messages: list[dict[str, Any]] = next(
+        messages: list[Message] = next(
             (e["messages"] for e in found if (e["stage"], e["index"]) == (body.stage, body.index)), []
         )
         if body.turn >= len(messages) or messages[body.turn]["role"] != "assistant":

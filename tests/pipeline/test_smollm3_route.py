@@ -29,6 +29,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_stage_of_the_route(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make_author(config, context, role, *, thinking):
         def author(rows: Sequence[Row], seeds: Sequence[int]) -> list[Draft]:

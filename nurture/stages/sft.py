@@ -177,11 +177,11 @@ def _rows(
     rows = read_rows(
         spec, split=split, base=context.base, heldout_every=config.heldout_every, world=context.world
     )
+    if split == "train" and is_endless(spec):
+        rows = islice(rows, config.conversations)  # first, so that a share is one of these
     if name in config.shares:
         rows = thinned(rows, config.shares[name])
-    if split == "heldout":
-        return islice(rows, config.heldout_conversations)
-    return islice(rows, config.conversations) if is_endless(spec) else rows
+    return islice(rows, config.heldout_conversations) if split == "heldout" else iter(rows)
 
 
 def _conversations(

@@ -29,6 +29,19 @@ SMALL = [
     "pretrain.sequence_length=64",
     "pretrain.heldout_tokens=256",
     "pretrain.loop.evaluate_every=3",
+    "extend.steps=2",
+    "extend.sequence_length=512",
+    "extend.trained_length=64",
+    "extend.batch_size=1",
+    "extend.heldout_tokens=256",
+    "extend.probes=2",
+    "reason.steps=2",
+    "reason.batch_size=4",
+    "reason.conversations=24",
+    "reason.heldout_conversations=2",
+    "reason.reply_tokens=8",
+    "reason.execution.compile=off",
+    "sft.execution.compile=off",
     "sft.steps=3",
     "sft.batch_size=4",
     "sft.conversations=24",
@@ -40,20 +53,62 @@ SMALL = [
     "reward.best_of=2",
     "reward.best_of_prompts=2",
     "reward.steps=2",
+    "ppo.steps=2",
+    "ppo.prompts_per_step=4",
+    "ppo.batch_size=4",
+    "ppo.prompts=24",
+    "ppo.heldout_prompts=4",
+    "ppo.max_tokens=8",
+    "pairs.rows=24",
+    "pairs.max_tokens=8",
+    "apo.steps=2",
+    "apo.batch_size=4",
+    "apo.prompt_count=2",
+    "apo.reply_tokens=8",
+    "merge.prompt_count=2",
+    "merge.reply_tokens=8",
+    "merge.lengths=[64, 128]",
+    "merge.score=[gold_reward, passkey/128]",
+    "rlvr.steps=2",
+    "rlvr.prompts_per_step=2",
+    "rlvr.group_size=2",
+    "rlvr.prompts=24",
+    "rlvr.heldout_prompts=4",
+    "rlvr.max_tokens=8",
+    "wordle.steps=1",
+    "wordle.prompts_per_step=2",
+    "wordle.group_size=2",
+    "wordle.prompts=24",
+    "wordle.max_tokens=8",
 ]
+
+STAGES = (
+    "tokenizer",
+    "pretrain",
+    "extend",
+    "reason",
+    "sft",
+    "reward",
+    "ppo",
+    "pairs",
+    "apo",
+    "merge",
+    "rlvr",
+    "wordle",
+)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "tiny"
     outcome = run(load_recipe("tiny", SMALL), out)
-    assert outcome.ran == ("tokenizer", "pretrain", "sft", "reward")
+    assert outcome.ran == STAGES
     return out
 
 
 def test_a_second_run_runs_nothing_and_a_changed_setting_runs_what_depends_on_it(finished: Path) -> None:
     assert run(load_recipe("tiny", SMALL), finished).ran == ()
-    assert run(load_recipe("tiny", [*SMALL, "sft.steps=2"]), finished).ran == ("sft", "reward")
+    assert run(load_recipe("tiny", [*SMALL, "sft.steps=2"]), finished).ran == STAGES[4:]
 
 
 def test_results_have_the_agreed_shape(finished: Path) -> None:
@@ -64,7 +119,7 @@ def test_results_have_the_agreed_shape(finished: Path) -> None:
         assert 0 < entry["after"] < entry["before"]
     shares = [entry["after"] for name, entry in result["metrics"].items() if name.startswith("share/")]
     assert sum(shares) == pytest.approx(1.0, abs=1e-4)
-    answered = json.loads((finished / "02-sft/result.json").read_text())["metrics"]
+    answered = json.loads((finished / "04-sft/result.json").read_text())["metrics"]
     for name in ("facts", "arithmetic", "format", "stopped", "harm"):
         assert 0 <= answered[name]["low"] <= answered[name]["after"] <= answered[name]["high"] <= 1
     lines = [json.loads(line) for line in (finished / "01-pretrain/metrics.jsonl").read_text().splitlines()]
@@ -74,7 +129,7 @@ def test_results_have_the_agreed_shape(finished: Path) -> None:
 
 def test_models_load_in_transformers_and_compute_the_same(finished: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    folder = finished / "02-sft/model"
+    folder = finished / "04-sft/model"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours = load_model(folder)
     tokenizer = Tokenizer.load(folder)
@@ -96,7 +151,7 @@ def test_a_base_model_has_no_template_and_keeps_going(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not (finished / "01-pretrain/model/chat_template.jinja").exists()
-    assert (finished / "02-sft/model/chat_template.jinja").exists()
+    assert (finished / "04-sft/model/chat_template.jinja").exists()
     assert Tokenizer.load(finished / "01-pretrain/model").chat_template is None
     chat(finished / "01-pretrain", prompt="The fox", max_tokens=5, seed=1)
     assert capsys.readouterr().out

@@ -117,8 +117,8 @@ PEOPLE = {
     "curt": 0.04,
     "truncated": 0.02,
 }
-"""How often people who are asked to demonstrate write answers of each quality. They know, and most say too much. That leaves
-preferences something to teach; a model that learned from perfect answers alone leaves nothing."""
+"""How often people who are asked to demonstrate write answers of each quality. They know, and most say too much.
+That leaves preferences something to teach; a model that learned from perfect answers alone leaves nothing."""
 
 
 def somebodys_answer(rng: Random, task: Task) -> str:

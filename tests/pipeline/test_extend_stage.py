@@ -70,7 +70,7 @@ def test_it_trains_at_the_new_length_and_writes_the_reach_into_the_model(start: 
 def test_the_start_is_measured_as_it_was(start: Path, tmp_path: Path) -> None:
     """Held-out bits before are those of the start's own rotations, whatever theta is trained with."""
     results = [
-        run(start, tmp_path / f"{theta:.0f}", rope_theta=theta, probes=0, yarn=None) for theta in (1e4, 1e6)
+        run(start, tmp_path / f"{theta:.0f}", rope_theta=theta, probes=0, yarn=None) for theta in (1e4, 1e2)
     ]
     first, second = (result["metrics"]["bpb/web"] for result in results)
     assert first["before"] == second["before"]

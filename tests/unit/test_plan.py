@@ -160,8 +160,8 @@ def test_tokens_by_source_follow_the_phases():
     stage = plan.plan_recipe(recipe, plan.parse_hardware("2xCPU")).stages[0]
     tokens = {name: source["tokens"] for name, source in stage.sources.items()}
     assert sum(tokens.values()) == pytest.approx(8_192_000)
-    ends = [0, round(0.73 * 1000), round(0.89 * 1000), 1000]
-    wanted = sum(w * (b - a) * 8192 for w, a, b in zip((0.12, 0.15, 0.24), ends, ends[1:]))
+    ends = [0, round(0.73 * 2000), round(0.89 * 2000), 2000]
+    wanted = sum(w * (b - a) * 4096 for w, a, b in zip((0.12, 0.14, 0.23), ends, ends[1:]))
     assert tokens["code"] == pytest.approx(wanted)
     assert stage.sources["code"]["text_bytes"] == 4 * tokens["code"]
     assert stage.sources["code"]["shard_bytes"] == 2 * tokens["code"]

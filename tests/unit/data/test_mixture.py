@@ -360,7 +360,9 @@ def test_whole_documents_are_read_whole(shards):
     assert fitting <= read[True]
     assert not fitting <= read[False]
     web = shards["web"].token_count
-    assert whole.epochs(60)["web"] < plain.epochs(60)["web"] == pytest.approx(60 * 8 * 0.85 * 64 / web, rel=0.01)
+    assert (
+        whole.epochs(60)["web"] < plain.epochs(60)["web"] == pytest.approx(60 * 8 * 0.85 * 64 / web, rel=0.01)
+    )
 
 
 def test_whole_documents_can_be_asked_for_in_any_order_and_split(shards):

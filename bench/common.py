@@ -11,13 +11,15 @@ side, as it ships, and prints its peak resident bytes, libraries included.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -174,3 +176,57 @@ def report(results: list[Result], unit: str, as_json: bool) -> None:
         memory = "" if result.memory_ratio is None else f"{result.memory_ratio:.2f}"
         rates = f"{result.ours:10.0f}  {result.peer:10.0f}  {result.ratio:5.2f}"
         print(f"{result.name:{width}}  {rates}  {share:>7}  {memory:>6}", flush=True)
+
+
+def run_trainer_alone(
+    side: str, make_step: Callable[[], Callable[[], object]], trainer_in: Callable[[str, bool], Any]
+) -> None:
+    """Do a few steps of one side of a comparison with a trainer.
+
+    Args:
+        side: ours, shipped or best.
+        make_step: prepares our side and returns its step.
+        trainer_in: makes the peer's trainer in a folder, at its best or as shipped.
+    """
+    if side == "ours":
+        run_alone(make_step())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_in(folder, side == "best")
+        trainer.args.max_steps = 3
+        run_alone(trainer.train, 1)
+
+
+def trainer_main(
+    doc: str | None,
+    rows: str,
+    compare: Callable[[str, bool, int, bool], Iterable[list[Result]]],
+    alone: Callable[[str, str, bool], None],
+) -> None:
+    """Read the command line of a comparison with a trainer and run it.
+
+    Args:
+        doc: the script's own words.
+        rows: what its rows are called, and the option that chooses their lengths.
+        compare: measures a shape on rows of even or varied lengths, so many turns, with or without memory.
+        alone: does a few steps of one side.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="3M", help="comma separated: " + ", ".join(SHAPES))
+    parser.add_argument(f"--{rows}", dest="rows", default="even,varied", help="even, varied, or both")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true", help=f"even {rows}, one turn")
+    parser.add_argument("--memory", action="store_true", help="measure each side's peak memory too")
+    parser.add_argument("--alone", choices=("ours", "shipped", "best"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        alone(arguments.alone, arguments.shapes, arguments.rows == "varied")
+        return
+    if arguments.quick:
+        arguments.rows, arguments.repeats = "even", 1
+    prepare()
+    for name in arguments.shapes.split(","):
+        for kind in arguments.rows.split(","):
+            for results in compare(name, kind == "varied", arguments.repeats, arguments.memory):
+                report(results, "tokens/s", arguments.json)

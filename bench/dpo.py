@@ -13,11 +13,10 @@ takes is printed too: it is paid once, whatever the number of epochs.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,9 +28,8 @@ from common import (
     interleave,
     peak_memory,
     peer_config,
-    prepare,
-    report,
-    run_alone,
+    run_trainer_alone,
+    trainer_main,
 )
 
 from nurture.data.preference import Preference, PreferenceBatches
@@ -135,16 +133,14 @@ def alone(side: str, name: str, varied: bool) -> None:
     """Do a few steps of one side."""
     config = SHAPES[name]
     pairs = make_pairs(config.vocab_size, varied)
-    if side == "ours":
-        run_alone(our_step(config, pairs)[0])
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = peer_trainer(config, pairs, folder, best=side == "best")
-        trainer.args.max_steps = 3
-        run_alone(trainer.train, 1)
+    run_trainer_alone(
+        side,
+        lambda: our_step(config, pairs)[0],
+        lambda folder, best: peer_trainer(config, pairs, folder, best=best),
+    )
 
 
-def compare(name: str, varied: bool, repeats: int, memory: bool) -> list[Result]:
+def compare(name: str, varied: bool, repeats: int, memory: bool) -> Iterator[list[Result]]:
     """Measure one shape."""
     config = SHAPES[name]
     pairs = make_pairs(config.vocab_size, varied)
@@ -175,36 +171,8 @@ def compare(name: str, varied: bool, repeats: int, memory: bool) -> list[Result]
         ratio = peaks[0] / peaks[index + 1] if memory else None
         results.append(Result(f"dpo/{name}/{kind}/{label}", *speeds, speeds[0] / speeds[1], share, ratio))
     logging.warning("the reference, once: %.2f s for %d pairs", reference_seconds, len(pairs))
-    return results
-
-
-def main() -> None:
-    """Read the command line and run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", default="3M", help="comma separated: " + ", ".join(SHAPES))
-    parser.add_argument("--pairs", default="even,varied", help="even, varied, or both")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="even pairs, one turn")
-    parser.add_argument("--memory", action="store_true", help="measure each side's peak memory too")
-    parser.add_argument("--alone", choices=("ours", "shipped", "best"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.alone:
-        alone(arguments.alone, arguments.shapes, arguments.pairs == "varied")
-        return
-    if arguments.quick:
-        arguments.pairs, arguments.repeats = "even", 1
-    prepare()
-    for name in arguments.shapes.split(","):
-        for kind in arguments.pairs.split(","):
-            report(
-                compare(name, kind == "varied", arguments.repeats, arguments.memory),
-                "tokens/s",
-                arguments.json,
-            )
+    yield results
 
 
 if __name__ == "__main__":
-    main()
+    trainer_main(__doc__, "pairs", compare, alone)

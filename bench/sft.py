@@ -12,7 +12,6 @@ those of conversations, never padding.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,9 +25,8 @@ from common import (
     interleave,
     peak_memory,
     peer_config,
-    prepare,
-    report,
-    run_alone,
+    run_trainer_alone,
+    trainer_main,
 )
 
 from nurture.data.packing import Conversation, ConversationBatches
@@ -123,13 +121,11 @@ def alone(side: str, name: str, varied: bool) -> None:
     """Do a few steps of one side."""
     config = SHAPES[name]
     conversations = make_conversations(config.vocab_size, varied)
-    if side == "ours":
-        run_alone(our_step(config, conversations)[0])
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = peer_trainer(config, conversations, folder, best=side == "best")
-        trainer.args.max_steps = 3
-        run_alone(trainer.train, 1)
+    run_trainer_alone(
+        side,
+        lambda: our_step(config, conversations)[0],
+        lambda folder, best: peer_trainer(config, conversations, folder, best=best),
+    )
 
 
 def compare(name: str, varied: bool, repeats: int, memory: bool) -> Iterator[list[Result]]:
@@ -170,30 +166,5 @@ def compare(name: str, varied: bool, repeats: int, memory: bool) -> Iterator[lis
         yield results([peak_memory(__file__, "--alone", side, *arguments) for side in sides])
 
 
-def main() -> None:
-    """Read the command line and run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", default="3M", help="comma separated: " + ", ".join(SHAPES))
-    parser.add_argument("--lengths", default="even,varied", help="even, varied, or both")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="even lengths, one turn")
-    parser.add_argument("--memory", action="store_true", help="measure each side's peak memory too")
-    parser.add_argument("--alone", choices=("ours", "shipped", "best"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.alone:
-        alone(arguments.alone, arguments.shapes, arguments.lengths == "varied")
-        return
-    if arguments.quick:
-        arguments.lengths, arguments.repeats = "even", 1
-    prepare()
-    for name in arguments.shapes.split(","):
-        for kind in arguments.lengths.split(","):
-            for results in compare(name, kind == "varied", arguments.repeats, arguments.memory):
-                report(results, "tokens/s", arguments.json)
-
-
 if __name__ == "__main__":
-    main()
+    trainer_main(__doc__, "lengths", compare, alone)

@@ -581,14 +581,9 @@ def serve(
         list[str],
         typer.Argument(metavar="PATH...", help="Runs, stages, checkpoints, .gguf files, or smollm2."),
     ],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; others than this machine's need a token.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    token: Annotated[
-        str | None,
-        typer.Option(help="What clients must show [dim](default: made up where one is needed)[/dim]."),
-    ] = None,
+    host: games.Host = "127.0.0.1",
+    port: games.Port = 8000,
+    token: games.Token = None,
 ) -> None:
     """Open the studio in the browser, and an OpenAI-compatible API, for every stage of a run."""
     try:

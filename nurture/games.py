@@ -11,6 +11,12 @@ import typer
 
 from nurture.errors import NurtureError
 
+Host = Annotated[str, typer.Option(help="Address to listen on; others than this machine's need a token.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")]
+Token = Annotated[
+    str | None, typer.Option(help="What clients must show [dim](default: made up where one is needed)[/dim].")
+]
+
 env = typer.Typer(
     no_args_is_help=True, help="Serve an environment to OpenEnv clients: nurture env serve wordle."
 )
@@ -33,14 +39,9 @@ def serve(
     ] = None,
     split: Annotated[str, typer.Option(help="train or heldout.")] = "train",
     sessions: Annotated[int, typer.Option(min=1, help="Most games at a time.")] = 1024,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; others than this machine's need a token.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    token: Annotated[
-        str | None,
-        typer.Option(help="What clients must show [dim](default: made up where one is needed)[/dim]."),
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    token: Token = None,
 ) -> None:
     """Serve a game or problems as an OpenEnv server: TRL's scripts and `nurture grpo` train against it, people play."""
     from nurture.environments.catalog import environment_maker, tasks_for

@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -412,6 +413,13 @@ def _join_processes() -> Any:
     return join_processes()
 
 
+def _release_memory() -> None:
+    if "torch" in sys.modules:  # a stage without it had no large blocks
+        from nurture.runtime import release_memory
+
+        release_memory()
+
+
 def _agreed_plan(recipe: Recipe, out: Path, processes: Any, **how: Any) -> list[Step]:
     """Return the plan as the main process sees it: the others must not look at folders that it is changing."""
     steps = plan(recipe, out, **how) if processes.is_main else _steps(recipe, out)
@@ -443,6 +451,7 @@ def _run_step(step: Step, recipe: Recipe, out: Path, processes: Any) -> None:
     if processes.is_main:
         _finish(step, round(already + time.perf_counter() - started, 3))
     processes.wait()
+    _release_memory()
 
 
 def _finish(step: Step, seconds: float) -> None:

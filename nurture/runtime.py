@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import json
 import os
 import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -195,6 +196,14 @@ def tune_machine() -> None:
         except OSError:  # another C library, as on Alpine
             pass
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_directory() / "inductor"))
+
+
+def release_memory() -> None:
+    """Hand back what a finished stage used: `tune_machine` keeps it, and the next stage has other shapes."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library, as on Alpine
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def cache_directory() -> Path:

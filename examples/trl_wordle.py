@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer on Wordle that nurture serves, played with the published OpenEnv client.
 
     nurture env serve wordle style=textarena reward=textarena
-    python examples/trl_wordle.py runs/tiny/02-sft/model http://127.0.0.1:8000
+    python examples/trl_wordle.py runs/tiny/04-sft/model http://127.0.0.1:8000
 
 Needs `pip install 'nurture[openenv]' trl openenv`. The members of a group reset their games with the same seed, so they
 play for the same word; what the game writes between two guesses is masked out of the loss.

@@ -49,7 +49,7 @@ app = typer.Typer(
     epilog=_examples(
         "nurture run",
         "nurture run my.yaml pretrain.minutes=5 --until pretrain",
-        "nurture chat runs/tiny/02-sft",
+        "nurture chat runs/tiny/04-sft",
     ),
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -534,8 +534,8 @@ def _keys(section: Any, prefix: str = "") -> list[tuple[str, str, str]]:
 @app.command(
     rich_help_panel=_MODELS,
     epilog=_examples(
-        "nurture chat runs/tiny/02-sft",
-        "nurture chat runs/tiny/01-pretrain runs/tiny/02-sft",
+        "nurture chat runs/tiny/04-sft",
+        "nurture chat runs/tiny/01-pretrain runs/tiny/04-sft",
         "nurture chat smollm2 --temperature 0",
         "nurture chat model.gguf --prompt 'Name three rivers.'",
     ),
@@ -622,7 +622,7 @@ app.command(
     "eval",
     rich_help_panel=_MODELS,
     epilog=_examples(
-        "nurture eval runs/tiny/02-sft",
+        "nurture eval runs/tiny/04-sft",
         "nurture eval model.gguf --tasks fact,arithmetic --limit 50 --json",
         "nurture eval smollm2 --data arc.jsonl --data gsm8k.jsonl --trained-on 'corpus/*.jsonl'",
         "nurture eval smollm2 --data xstest.csv --data advbench.csv --judge words.txt",
@@ -680,7 +680,7 @@ def evaluate(
     epilog=_examples(
         "nurture label runs/tiny",
         "nurture label runs/tiny --labeler ann --answers 6",
-        "nurture label runs/tiny --model runs/tiny/01-pretrain --model runs/tiny/02-sft --prompts prompts.jsonl",
+        "nurture label runs/tiny --model runs/tiny/01-pretrain --model runs/tiny/04-sft --prompts prompts.jsonl",
     ),
 )
 def label(
@@ -726,7 +726,7 @@ def label(
     "show-mask",
     rich_help_panel=_MODELS,
     epilog=_examples(
-        "nurture show-mask chats.jsonl --tokenizer runs/tiny/02-sft",
+        "nurture show-mask chats.jsonl --tokenizer runs/tiny/04-sft",
         "nurture show-mask world:tasks --tokenizer runs/tiny/00-tokenizer",
     ),
 )

@@ -1,6 +1,6 @@
 """Our checkpoints in lm-evaluation-harness: the model class `nurture`, equal to its `hf` backend on the same weights.
 
-    python -m nurture.evals.lm_eval_model --model nurture --model_args path=runs/tiny/02-sft --tasks arc_easy
+    python -m nurture.evals.lm_eval_model --model nurture --model_args path=runs/tiny/04-sft --tasks arc_easy
 
 is `lm_eval` with our class registered; `path` is a stage, a checkpoint folder or a .gguf file. Everything a task asks
 for is there: log-likelihoods, rolling log-likelihoods (each token predicted once, with as much context as fits), greedy

@@ -109,7 +109,7 @@ def _model_directory(path: Path) -> Path:
     if stages:
         return stages[-1]
     raise NurtureError(
-        f"{path}: no model here. Give a stage of a run (runs/NAME/02-sft), a directory with config.json and "
+        f"{path}: no model here. Give a stage of a run (runs/NAME/04-sft), a directory with config.json and "
         "model.safetensors, or a .gguf file"
     )
 

@@ -76,8 +76,8 @@ STAGES: dict[str, StageKind] = {
         "nurture.stages.reward",
         "Learn which of two answers people prefer: a reward model from rankings.",
         (
-            "nurture reward --model runs/tiny/02-sft --data world:tasks",
-            "nurture reward --model runs/tiny/02-sft --data runs/tiny/labels.jsonl",
+            "nurture reward --model runs/tiny/04-sft --data world:tasks",
+            "nurture reward --model runs/tiny/04-sft --data runs/tiny/labels.jsonl",
             "nurture reward --model smollm2.gguf --data 'rows/*.jsonl' ties=drop --minutes 60",
         ),
         continues=False,
@@ -86,7 +86,7 @@ STAGES: dict[str, StageKind] = {
         "nurture.stages.ppo",
         "Raise a reward model's score by PPO, close to the start: reinforcement learning from human feedback.",
         (
-            "nurture ppo --model runs/tiny/02-sft --data world:tasks reward_model=runs/tiny/03-reward steps=60",
+            "nurture ppo --model runs/tiny/04-sft --data world:tasks reward_model=runs/tiny/05-reward steps=60",
             "nurture ppo --model sft --data prompts.jsonl reward_model=rm kl.target=6 lora.rank=16 steps=500",
         ),
     ),
@@ -94,18 +94,18 @@ STAGES: dict[str, StageKind] = {
         "nurture.stages.grpo",
         "Learn from rewards that can be checked (math, code, games) by GRPO and its family.",
         (
-            "nurture grpo --model runs/tiny/02-sft --data world:tasks:arithmetic,code --minutes 1",
-            "nurture grpo --model runs/tiny/02-sft --env wordle environment.reward=textarena steps=60",
+            "nurture grpo --model runs/tiny/04-sft --data world:tasks:arithmetic,code --minutes 1",
+            "nurture grpo --model runs/tiny/04-sft --env wordle environment.reward=textarena steps=60",
             "nurture grpo --model smollm2.gguf --data gsm8k.jsonl loss.loss_type=dr_grpo reward_scale=none "
             "lora.rank=16 steps=200",
-            "nurture grpo --model runs/tiny/02-sft --env openenv:http://localhost:8000 steps=50",
+            "nurture grpo --model runs/tiny/04-sft --env openenv:http://localhost:8000 steps=50",
         ),
     ),
     "synthesize": StageKind(
         "nurture.stages.synthesize",
         "Have models write data: thoughts for rows without, rows without their thoughts, pairs of strong and weak.",
         (
-            "nurture synthesize --model runs/tiny/02-sft --data world:tasks:arithmetic make=traces rows=500",
+            "nurture synthesize --model runs/tiny/04-sft --data world:tasks:arithmetic make=traces rows=500",
             "nurture synthesize --model big --data prompts.jsonl make=pairs weak=small",
             "nurture synthesize --model smollm2.gguf --data prompts.jsonl make=traces "
             "strong_endpoint.url=http://localhost:8000/v1 strong_endpoint.model=NAME",
@@ -116,21 +116,21 @@ STAGES: dict[str, StageKind] = {
         "nurture.stages.preference",
         "Learn from preferences without a reward model: DPO, IPO, APO, KTO.",
         (
-            "nurture preference --model runs/tiny/02-sft --data runs/tiny/03-reward/comparisons.jsonl",
+            "nurture preference --model runs/tiny/04-sft --data runs/tiny/05-reward/comparisons.jsonl",
             "nurture preference --model smollm2.gguf --data 'pairs/*.jsonl' loss=apo_zero beta=0.05 --minutes 60",
-            "nurture preference --model runs/tiny/02-sft --data judged.jsonl loss=kto",
+            "nurture preference --model runs/tiny/04-sft --data judged.jsonl loss=kto",
         ),
     ),
     "dpo": StageKind(
         "nurture.stages.preference",
         "The stage `preference` with loss=dpo.",
-        ("nurture dpo --model runs/tiny/02-sft --data runs/tiny/03-reward/comparisons.jsonl beta=0.1",),
+        ("nurture dpo --model runs/tiny/04-sft --data runs/tiny/05-reward/comparisons.jsonl beta=0.1",),
     ),
     "merge": StageKind(
         "nurture.stages.merge",
         "Average the weights of several models, to regain what later training lost.",
         (
-            "nurture merge --model runs/tiny/04-preference 'models=[runs/tiny/02-sft]' share=0.9",
+            "nurture merge --model runs/tiny/08-apo 'models=[runs/tiny/04-sft]' share=0.9",
             "nurture merge --model a 'models=[b]' 'sweep=[0.5,0.7,0.9]' prompts=world:tasks",
             "nurture merge --model a 'models=[b,c]' base=d method=ties density=0.3 'weights=[1,1,1]'",
         ),

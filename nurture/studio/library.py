@@ -1,6 +1,6 @@
 """Which models the server offers, by what names, and which of them are in memory.
 
-A run offers every finished stage that left a language model, as `RUN/STAGE` (`tiny/02-sft`); a folder, a .gguf file or
+A run offers every finished stage that left a language model, as `RUN/STAGE` (`tiny/04-sft`); a folder, a .gguf file or
 `smollm2` offers itself under its own name. Stages that finish while the server runs appear by themselves, a stage that
 was made again is loaded again. Names from a request are only ever looked up among these, never joined to a path.
 """
@@ -86,7 +86,7 @@ class Library:
         return found + [_entry(name, path, "model") for name, path in self._single.items()]
 
     def find(self, name: str) -> Entry:
-        """Return the model of this name; the stage alone (`02-sft`, `sft`) will do where only one is meant.
+        """Return the model of this name; the stage alone (`04-sft`, `sft`) will do where only one is meant.
 
         Raises:
             UnknownModel: there is none, or several.

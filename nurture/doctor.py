@@ -20,8 +20,10 @@ _EXTRAS = {
     "gguf": ("gguf",),
     "track": ("tensorboard",),
     "plot": ("matplotlib",),
-    "rl": ("math_verify",),
+    "serve": ("starlette", "uvicorn"),
     "openenv": ("starlette", "uvicorn", "websockets"),
+    "lm-eval": ("lm_eval",),
+    "web": ("datatrove",),
     "test": ("pytest", "transformers", "trl"),
 }
 _PROBE_SIZE = 1024

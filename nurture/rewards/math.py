@@ -141,7 +141,7 @@ def _verify(stated: str, wanted: str) -> bool:
     """
     if find_spec("math_verify") is None:
         raise NurtureError(
-            f"comparing {stated!r} with {wanted!r} needs math-verify: pip install 'nurture[rl]'. Plain numbers do not."
+            f"comparing {stated!r} with {wanted!r} needs math-verify: pip install math-verify. Plain numbers do not."
         )
     question = (json.dumps([wanted, stated]) + "\n").encode()
     with _lock:

@@ -252,9 +252,11 @@ def test_two_processes_learn_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(TOY)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(tmp_path), "8"], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(tmp_path), "14"], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = log_of(tmp_path)
-    assert lines[-1]["rl/reward_mean"] > lines[0]["rl/reward_mean"] + 0.1
+    rewards = [line["rl/reward_mean"] for line in lines]
+    # Means of steps: one step's reward swings by a tenth.
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:2]) / 2 + 0.1, rewards
     assert max(line["rl/sampling_difference"] for line in lines) < 1e-4

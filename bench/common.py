@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -178,6 +178,27 @@ def report(results: list[Result], unit: str, as_json: bool) -> None:
         print(f"{result.name:{width}}  {rates}  {share:>7}  {memory:>6}", flush=True)
 
 
+def random_pairs(
+    vocab_size: int, varied: bool, *, count: int, prompt: int, longest: int
+) -> list[tuple[list[int], ...]]:
+    """Return pairs of answers (prompt included) of random tokens; the two share a prompt of `prompt` tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(8, vocab_size, (length,), generator=generator).tolist()
+
+    pairs = []
+    for _ in range(count):
+        lengths = (
+            torch.randint(prompt + 8, longest + 1, (2,), generator=generator).tolist()
+            if varied
+            else [longest] * 2
+        )
+        asked = tokens(prompt)
+        pairs.append(tuple(asked + tokens(length - prompt) for length in lengths))
+    return pairs
+
+
 def run_trainer_alone(
     side: str, make_step: Callable[[], Callable[[], object]], trainer_in: Callable[[str, bool], Any]
 ) -> None:
@@ -195,6 +216,71 @@ def run_trainer_alone(
         trainer = trainer_in(folder, side == "best")
         trainer.args.max_steps = 3
         run_alone(trainer.train, 1)
+
+
+def compare_with_trainer(
+    script: str,
+    shape: tuple[str, str, str],
+    step: Callable[[], object],
+    tokens: float,
+    trainer_in: Callable[[str, bool], Any],
+    trainer_tokens: float,
+    *,
+    rows: str,
+    attended: int,
+    repeats: int,
+    memory: bool,
+    epoch: int = 1,
+) -> Iterator[list[Result]]:
+    """Measure our step against the peer's trainer, as it ships and at its best; if asked, then the memory of each too.
+
+    Args:
+        script: the file that runs a side alone.
+        shape: the stage, the model's shape, and the rows' lengths: even or varied.
+        step: does one of our updates.
+        tokens: of our update, on average.
+        trainer_in: makes the peer's trainer in a folder, at its best or as shipped.
+        trainer_tokens: of the trainer's update, on average.
+        rows: the script's option for the lengths.
+        attended: positions that the attention of a token is charged with.
+        repeats: turns of both.
+        memory: whether to measure it.
+        epoch: steps of the peer that count together, where they differ.
+    """
+    stage, name, kind = shape
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [trainer_in(folder, best) for best in (False, True)]
+        times = [StepTimes(trainer) for trainer in trainers]
+
+        def peer(trainer: Any) -> Callable[[], None]:
+            def run() -> None:
+                trainer.args.max_steps = 4
+                trainer.train()
+
+            return run
+
+        ours, *_ = interleave(step, *map(peer, trainers), repeats=repeats, warm=2)
+        ours = min(ours, *interleave(step, repeats=10, warm=0))
+    config = SHAPES[name]
+    attention = 6 * config.layers * attended * config.heads * config.head_width
+    share = tokens * (6.0 * config.parameter_count() + attention) / ours / gemm_peak(torch.bfloat16)
+
+    def results(peaks: list[float]) -> list[Result]:
+        found = []
+        for index, label in enumerate(("TRL as shipped (fp32)", "TRL at its best (bf16)")):
+            speeds = tokens / ours, trainer_tokens / times[index].best(epoch)
+            ratio = peaks[0] / peaks[index + 1] if peaks else None
+            found.append(
+                Result(f"{stage}/{name}/{kind}/{label}", *speeds, speeds[0] / speeds[1], share, ratio)
+            )
+        return found
+
+    yield results([])
+    if memory:
+        arguments = ("--shapes", name, f"--{rows}", kind)
+        yield results(
+            [peak_memory(script, "--alone", side, *arguments) for side in ("ours", "shipped", "best")]
+        )
 
 
 def trainer_main(

@@ -14,7 +14,6 @@ takes is printed too: it is paid once, whatever the number of epochs.
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,11 +22,9 @@ import torch
 from common import (
     SHAPES,
     Result,
-    StepTimes,
-    gemm_peak,
-    interleave,
-    peak_memory,
+    compare_with_trainer,
     peer_config,
+    random_pairs,
     run_trainer_alone,
     trainer_main,
 )
@@ -45,21 +42,16 @@ PAIRS, LONGEST, PROMPT = 16, 128, 32
 
 
 def make_pairs(vocab_size: int, varied: bool, count: int = 8 * PAIRS) -> list[Preference]:
-    """Return random pairs; prompts of 32 tokens."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for _ in range(count):
-        lengths = (
-            torch.randint(40, LONGEST + 1, (2,), generator=generator).tolist() if varied else [LONGEST] * 2
+    """Return random pairs."""
+    return [
+        Preference(
+            answers,
+            PROMPT,
+            ((0,), (1,)),
+            masks=tuple([False] * PROMPT + [True] * (len(answer) - PROMPT) for answer in answers),
         )
-        prompt = torch.randint(8, vocab_size, (PROMPT,), generator=generator).tolist()
-        answers = tuple(
-            prompt + torch.randint(8, vocab_size, (n - PROMPT,), generator=generator).tolist()
-            for n in lengths
-        )
-        masks = tuple([False] * PROMPT + [True] * (n - PROMPT) for n in lengths)
-        pairs.append(Preference(answers, PROMPT, ((0,), (1,)), masks=masks))
-    return pairs
+        for answers in random_pairs(vocab_size, varied, count=count, prompt=PROMPT, longest=LONGEST)
+    ]
 
 
 def our_step(config: ModelConfig, pairs: list[Preference]) -> tuple[Callable[[], None], float, float]:
@@ -145,33 +137,13 @@ def compare(name: str, varied: bool, repeats: int, memory: bool) -> Iterator[lis
     config = SHAPES[name]
     pairs = make_pairs(config.vocab_size, varied)
     step, tokens, reference_seconds = our_step(config, pairs)
-    per_step = PAIRS * sum(pair.tokens for pair in pairs) / len(pairs)
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        trainers = [peer_trainer(config, pairs, folder, best=best) for best in (False, True)]
-        times = [StepTimes(trainer) for trainer in trainers]
-
-        def peer(index: int) -> Callable[[], None]:
-            def run() -> None:
-                trainers[index].args.max_steps = 4
-                trainers[index].train()
-
-            return run
-
-        ours, *_ = interleave(step, peer(0), peer(1), repeats=repeats, warm=2)
-        ours = min(ours, *interleave(step, repeats=10, warm=0))
-    peak = gemm_peak(torch.bfloat16)
-    attention = 6 * config.layers * 4 * LONGEST * config.heads * config.head_width
-    share = tokens * (6.0 * config.parameter_count() + attention) / ours / peak
-    kind = "varied" if varied else "even"
-    sides = ("ours", "shipped", "best") if memory else ()
-    peaks = [peak_memory(__file__, "--alone", side, "--shapes", name, "--pairs", kind) for side in sides]
-    for index, label in enumerate(("TRL as shipped (fp32)", "TRL at its best (bf16)")):
-        speeds = tokens / ours, per_step / times[index].best()
-        ratio = peaks[0] / peaks[index + 1] if memory else None
-        results.append(Result(f"dpo/{name}/{kind}/{label}", *speeds, speeds[0] / speeds[1], share, ratio))
     logging.warning("the reference, once: %.2f s for %d pairs", reference_seconds, len(pairs))
-    yield results
+    yield from compare_with_trainer(
+        __file__, ("dpo", name, "varied" if varied else "even"), step, tokens,
+        lambda folder, best: peer_trainer(config, pairs, folder, best=best),
+        PAIRS * sum(pair.tokens for pair in pairs) / len(pairs),
+        rows="pairs", attended=4 * LONGEST, repeats=repeats, memory=memory,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ those of conversations, never padding.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,10 +19,7 @@ import torch
 from common import (
     SHAPES,
     Result,
-    StepTimes,
-    gemm_peak,
-    interleave,
-    peak_memory,
+    compare_with_trainer,
     peer_config,
     run_trainer_alone,
     trainer_main,
@@ -129,41 +125,16 @@ def alone(side: str, name: str, varied: bool) -> None:
 
 
 def compare(name: str, varied: bool, repeats: int, memory: bool) -> Iterator[list[Result]]:
-    """Measure one shape: first its speed, then, if asked, its memory too."""
+    """Measure one shape."""
     config = SHAPES[name]
     conversations = make_conversations(config.vocab_size, varied)
     step, tokens = our_step(config, conversations)
-    per_step = ROWS * sum(len(c.token_ids) for c in conversations) / len(conversations)
-    with tempfile.TemporaryDirectory() as folder:
-        trainers = [peer_trainer(config, conversations, folder, best=best) for best in (False, True)]
-        times = [StepTimes(trainer) for trainer in trainers]
-
-        def peer(index: int) -> Callable[[], None]:
-            def run() -> None:
-                trainers[index].args.max_steps = EPOCH
-                trainers[index].train()
-
-            return run
-
-        ours, *_ = interleave(step, peer(0), peer(1), repeats=repeats, warm=1)
-        ours = min(ours, *interleave(step, repeats=8, warm=0))
-    attention = 6 * config.layers * LONGEST * config.heads * config.head_width
-    share = tokens * (6.0 * config.parameter_count() + attention) / ours / gemm_peak(torch.bfloat16)
-    kind = "varied" if varied else "even"
-
-    def results(peaks: list[float]) -> list[Result]:
-        found = []
-        for index, label in enumerate(("TRL as shipped (fp32)", "TRL at its best (bf16)")):
-            speeds = tokens / ours, per_step / times[index].best(EPOCH)
-            ratio = peaks[0] / peaks[index + 1] if peaks else None
-            found.append(Result(f"sft/{name}/{kind}/{label}", *speeds, speeds[0] / speeds[1], share, ratio))
-        return found
-
-    yield results([])
-    if memory:
-        sides = ("ours", "shipped", "best")
-        arguments = ("--shapes", name, "--lengths", kind)
-        yield results([peak_memory(__file__, "--alone", side, *arguments) for side in sides])
+    yield from compare_with_trainer(
+        __file__, ("sft", name, "varied" if varied else "even"), step, tokens,
+        lambda folder, best: peer_trainer(config, conversations, folder, best=best),
+        ROWS * sum(len(c.token_ids) for c in conversations) / len(conversations),
+        rows="lengths", attended=LONGEST, repeats=repeats, memory=memory, epoch=EPOCH,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

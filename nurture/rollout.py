@@ -316,7 +316,7 @@ def _rollout(
         token_ids=prompt + token_ids,
         completion_mask=[False] * len(prompt) + completion_mask,
         logprobs=[0.0] * len(prompt) + logprobs,
-        reward=sum(result.reward for result in play.results),
+        reward=sum((result.reward for result in play.results), 0.0),
         reward_parts=dict(last.parts) if last else {},
         group=group,
         finished=finished,

@@ -252,7 +252,7 @@ def pay(config: Config, rollouts: Sequence[Rollout]) -> None:
 
 def equal_rewards(group: Sequence[Rollout]) -> bool:
     """Return whether a group teaches nothing."""
-    rewards = torch.tensor([rollout.reward for rollout in group], dtype=torch.float32)
+    rewards = torch.tensor([rollout.reward for rollout in group])
     return bool(zero_variance_groups(rewards, torch.zeros(len(group), dtype=torch.int64))[0])
 
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from nurture.evals.arithmetic_code import ideal_bits
+from nurture.evals.likelihood import score_continuations
 from nurture.evals.measure import Measure
-from nurture.evals.world_card import continuation_logprobs
 from nurture.model.lora import Adapter, adapters
 from nurture.model.transformer import Transformer
 from nurture.tokenizer import Tokenizer
@@ -88,7 +88,8 @@ def conversation_bits(
         forum.append((prefix, tokenizer.encode(rest)))
         token_ids, _ = tokenizer.encode_conversation(turns)
         chat.append(([tokenizer.document_token_id], token_ids))
-    return 1 + min(ideal_bits(continuation_logprobs(model, pairs)) for pairs in (forum, chat))
+    scores = (score_continuations(model, pairs) for pairs in (forum, chat))
+    return 1 + min(ideal_bits([score.logprob for score in spelling]) for spelling in scores)
 
 
 def cheapest(programs: Sequence[Program], target: float) -> Program | None:

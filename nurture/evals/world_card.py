@@ -17,13 +17,13 @@ import torch
 
 from nurture.chat_template import split_thought
 from nurture.errors import NurtureError
+from nurture.evals.likelihood import score_continuations
 from nurture.evals.measure import Measure, rate
 from nurture.evals.replies import Reply, ask
 from nurture.model.transformer import Transformer
 from nurture.rewards.code import code_task, grade_code
 from nurture.rewards.sandbox import Sandbox
 from nurture.tokenizer import Tokenizer
-from nurture.types import IGNORE_INDEX
 from nurture.world import Task, World
 
 MEASURES = {
@@ -207,31 +207,9 @@ def cloze_accuracy(
     for prefix, answer, distractors in questions:
         start = [tokenizer.document_token_id, *tokenizer.encode(prefix)]
         texts += [(start, tokenizer.encode(ending)) for ending in (answer, *distractors)]
-    scores = continuation_logprobs(model, texts)
+    scores = [score.logprob for score in score_continuations(model, texts)]
     choices = len(questions[0][2]) + 1
     outcomes = []
     for first in range(0, len(scores), choices):
         outcomes.append(max(range(choices), key=lambda c: scores[first + c]) == 0)
     return rate(outcomes)
-
-
-@torch.no_grad()
-def continuation_logprobs(
-    model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> list[float]:
-    """Return log p(continuation | prefix) in nats for each (prefix, continuation) of token ids."""
-    scores: list[float] = []
-    for start in range(0, len(pairs), _BATCH):
-        part = pairs[start : start + _BATCH]
-        width = max(len(prefix) + len(ending) for prefix, ending in part) - 1
-        token_ids = torch.zeros(len(part), width, dtype=torch.int64)
-        labels = torch.full((len(part), width), IGNORE_INDEX, dtype=torch.int64)
-        for row, (prefix, ending) in enumerate(part):
-            whole = torch.tensor([*prefix, *ending])
-            token_ids[row, : len(whole) - 1] = whole[:-1]
-            labels[row, len(prefix) - 1 : len(whole) - 1] = whole[len(prefix) :]
-        device = model.embedding.weight.device
-        logprobs = model(token_ids.to(device), labels=labels.to(device))
-        assert isinstance(logprobs, torch.Tensor)
-        scores += logprobs.sum(1).tolist()
-    return scores

@@ -97,6 +97,12 @@ def thinned(rows: Iterable[Row], share: float) -> Iterator[Row]:
             yield row
 
 
+def check_shares(shares: Mapping[str, float], data: Mapping[str, str]) -> None:
+    """Raise ValueError, which the reading of a recipe reports, if a share is of no source of `data`."""
+    if unknown := set(shares) - set(data):
+        raise ValueError(f"shares names '{sorted(unknown)[0]}', which is no source of data")
+
+
 def split_spec(spec: str) -> list[str]:
     """Return the parts of a comma-separated source; words after `world:` that are no paths stay with it.
 

@@ -33,7 +33,7 @@ from torch import nn
 
 from nurture.data.preference import Preference, PreferenceBatches, tokenise_judged, tokenise_preferences
 from nurture.data.rows import Row
-from nurture.data.sources import is_endless, make_world, read_rows, thinned
+from nurture.data.sources import check_shares, is_endless, make_world, read_rows, thinned
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, rate, wilson
 from nurture.evals.replies import Reply, ask
@@ -128,8 +128,7 @@ class Config(TrainingConfig):
 
     @model_validator(mode="after")
     def _check_shares(self) -> Config:
-        if unknown := set(self.shares) - set(self.data):
-            raise ValueError(f"shares names '{sorted(unknown)[0]}', which is no source of data")
+        check_shares(self.shares, self.data)
         return self
 
     @model_validator(mode="before")

@@ -310,11 +310,9 @@ def _look_at(
     config: TextConfig, context: StageContext, session: Session, base: Transformer
 ) -> tuple[dict[str, Measure], dict[str, Measure], list[dict[str, object]]]:
     """Return world measures before and after, and samples of the base model going on with a text."""
-    tokenizer = session.tokenizer
-    if (
-        tokenizer.chat_template is None
-    ):  # of a base model; what it makes of the chat format is asked all the same
-        tokenizer = tokenizer.with_chat_template()
+    tokenizer = (
+        session.tokenizer.for_chat()
+    )  # what a base model makes of the chat format is asked all the same
     if not any(spec.startswith("world:") for spec in config.sources.values()):
         prompts = ["The", "In the", "def "]
         replies = ask(base, tokenizer, prompts, max_tokens=60, temperature=0.8, seed=session.seed)

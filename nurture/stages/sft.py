@@ -24,7 +24,15 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from nurture.data.packing import Conversation, ConversationBatches, tokenise_conversations
 from nurture.data.rows import Row
-from nurture.data.sources import is_endless, make_world, read_rows, task_kinds, thinned, voice_of
+from nurture.data.sources import (
+    check_shares,
+    is_endless,
+    make_world,
+    read_rows,
+    task_kinds,
+    thinned,
+    voice_of,
+)
 from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure, rate
@@ -80,8 +88,7 @@ class Config(TrainingConfig):
 
     @model_validator(mode="after")
     def _check_shares(self) -> Config:
-        if unknown := set(self.shares) - set(self.data):
-            raise ValueError(f"shares names '{sorted(unknown)[0]}', which is no source of data")
+        check_shares(self.shares, self.data)
         return self
 
     @model_validator(mode="before")

@@ -38,7 +38,7 @@ from nurture import __version__
 from nurture.environments.catalog import Make
 from nurture.environments.protocol import Environment, StepResult, step_all
 from nurture.errors import NurtureError
-from nurture.studio.guard import LOCAL_HOSTS, Guard
+from nurture.studio.guard import Guard, token_for
 from nurture.studio.server import TYPES, listen, run, shown_host
 from nurture.types import Message
 from nurture.world.split import pick, random_for
@@ -450,8 +450,7 @@ def serve_environment(
     Raises:
         NurtureError: the port is taken.
     """
-    if token is None and host not in LOCAL_HOSTS:
-        token = secrets.token_urlsafe(24)
+    token = token_for(host, token)
     app = build_environment_app(offer, token)
     listening = listen(host, port)
     address = f"{shown_host(host)}:{listening.getsockname()[1]}"

@@ -15,6 +15,7 @@ Answers forbid the browser to load or run anything from elsewhere, and pages to 
 from __future__ import annotations
 
 import hmac
+import secrets
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, urlencode
 
@@ -102,6 +103,11 @@ class Guard:
 
     def _is_token(self, given: str) -> bool:
         return hmac.compare_digest(given.encode("utf-8", "replace"), (self.token or "").encode("utf-8"))
+
+
+def token_for(host: str, token: str | None) -> str | None:
+    """Return the token that clients must show: the given one, or a new one where an address needs one."""
+    return secrets.token_urlsafe(24) if token is None and host not in LOCAL_HOSTS else token
 
 
 def _without_port(host: str) -> str:

@@ -7,7 +7,6 @@ up among what was given on the command line and what the package ships, never jo
 from __future__ import annotations
 
 import errno
-import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -23,7 +22,7 @@ from starlette.routing import Route
 
 from nurture.errors import NurtureError
 from nurture.studio.batcher import Batcher
-from nurture.studio.guard import LOCAL_HOSTS, Guard
+from nurture.studio.guard import Guard, token_for
 from nurture.studio.library import Library
 from nurture.studio.openai import Api
 from nurture.studio.pages import Pages
@@ -95,8 +94,7 @@ def serve(
         NurtureError: a path holds nothing to serve, or the port is taken.
     """
     library = Library(paths)
-    if token is None and host not in LOCAL_HOSTS:
-        token = secrets.token_urlsafe(24)
+    token = token_for(host, token)
     listening = listen(host, port)
     port = listening.getsockname()[1]
     address = f"http://{shown_host(host)}:{port}"

@@ -14,9 +14,12 @@ import os
 import random
 import shutil
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +36,8 @@ from nurture.recipe import Section
 
 COMPILE_PAYS_FROM = 2e13
 """Floating-point operations of a stage from which compiling the blocks is worth its start-up (about two minutes)."""
+LONGEST_START = timedelta(minutes=30)
+"""How long a process waits for the others to start; as long as torch waits for them later."""
 
 
 class ExecutionConfig(Section):
@@ -169,10 +174,45 @@ def join_processes(tensor_parallel: int = 1) -> Processes:
     if everyone == 1:
         return Processes()
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            rank = int(os.environ["RANK"])
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            agents = dist.TCPStore(address, port, is_master=False, timeout=LONGEST_START)
+            store = dist.PrefixStore(name_attempt(agents, rank, everyone), agents)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=everyone)
+        else:
+            dist.init_process_group(backend)
     mesh = _mesh(everyone // tensor_parallel, tensor_parallel)
     place = mesh["rows"].get_local_rank()
     return Processes(place, mesh["rows"].size(), tensor_parallel, mesh, dist.get_rank() == 0)
+
+
+def name_attempt(store: dist.Store, rank: int, everyone: int) -> str:
+    """Agree with the other processes on a name that no earlier attempt had, to keep its keys in `store` apart.
+
+    torchrun's agent keeps one store over all restarts, while torch's own rendezvous counts on a new one each time and
+    writes every attempt's addresses under the same keys: whoever comes first reads those of killed processes, and is
+    refused. TORCHELASTIC_RESTART_COUNT does not tell attempts apart, because each node counts its own failures only.
+    Here a rank leaves a fresh word, which only a rank 0 that lives now can answer, and rank 0 goes on until all are
+    answered; words and answers of earlier attempts may lie about, but nobody waits for them.
+
+    Args:
+        store: shared by all attempts; its timeout is how long the others may take to start.
+        rank: ours of `everyone`.
+    """
+    word = uuid.uuid4().hex
+    if rank:
+        store.set(f"nurture/word/{rank}", word)
+        name = store.get(f"nurture/answer/{word}").decode()
+        store.add(f"nurture/heard/{name}", 1)
+        return name
+    while store.add(f"nurture/heard/{word}", 0) < everyone - 1:
+        for other in range(1, everyone):
+            if store.check([f"nurture/word/{other}"]):
+                store.set("nurture/answer/" + store.get(f"nurture/word/{other}").decode(), word)
+        time.sleep(0.02)
+    return word
 
 
 @functools.cache

@@ -1,15 +1,34 @@
-"""The metrics log: rewound on resume, mirrored to trackers."""
+"""The name of an attempt; the metrics log: rewound on resume, mirrored to trackers."""
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from nurture.errors import NurtureError
-from nurture.runtime import MetricsLog
+from nurture.runtime import MetricsLog, name_attempt
+
+
+def test_every_attempt_gets_a_name_of_its_own_from_a_store_that_keeps_the_words_of_the_dead():
+    """Three attempts over one store; of the second only rank 2 lives long enough to leave its word."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=30))
+
+    def attempt() -> set[str]:
+        with ThreadPoolExecutor() as threads:
+            return set(threads.map(lambda rank: name_attempt(store, rank, 3), (2, 1, 0)))
+
+    first = attempt()
+    store.set("nurture/word/2", "of the dead")
+    third = attempt()
+    assert len(first) == len(third) == 1
+    assert first != third
 
 
 def test_resuming_drops_the_lines_after_the_checkpoint_and_half_a_line(tmp_path: Path):

@@ -211,6 +211,8 @@ def fit(
     loaded = load_state(directory / "state", model, optimizer, averages, processes)
     first = int(loaded.pop("step")) if loaded else 0
     progress = Progress(**loaded) if loaded else Progress()
+    if processes.rank:  # the state holds the ledger of all: one goes on with it, whatever the number of processes
+        progress.tokens = {}
     evaluate_every = config.evaluate_every or max(1, steps // 10)
     save_due = SaveTimer(config, processes)
     window, last = _Window(), dict[str, float]()
@@ -250,7 +252,7 @@ def fit(
                 write(done, last)
             if done == steps or save_due(done):
                 # Also at the end: what comes after training may be interrupted too.
-                facts_to_keep = vars(progress).copy()
+                facts_to_keep = vars(progress) | {"tokens": _trained_tokens(progress, processes)}
                 save_state(
                     directory / "state",
                     done,

@@ -527,7 +527,8 @@ def update(
                     largest_norm=largest_norm_of(learner.progress, config.loop),
                 )
                 learner.model.eval()
-                note(learner, report, minibatch, config, step, context)
+                tokens = execution.processes.sum_number(float(minibatch.completion_mask.sum()))
+                note(learner, report, int(tokens), config, step, context)
                 # Only before the first update are engine and trainer the same policy.
                 late = [key for key in report.metrics if key.startswith("sampling_")] if number else []
                 add_up(sums, {key: value for key, value in report.metrics.items() if key not in late})
@@ -540,14 +541,14 @@ def update(
 def note(
     learner: Learner,
     report: StepReport,
-    minibatch: RolloutBatch,
+    tokens: int,
     config: RLConfig,
     step: int,
     context: StageContext,
 ) -> None:
-    """Keep the ledger of trained tokens; stop when a loss stays broken (nothing to learn from is fine)."""
-    tokens = learner.progress.tokens
-    tokens["completions"] = tokens.get("completions", 0) + int(minibatch.completion_mask.sum())
+    """Keep the ledger of trained tokens, of all processes; stop when a loss stays broken (nothing to learn is fine)."""
+    ledger = learner.progress.tokens
+    ledger["completions"] = ledger.get("completions", 0) + tokens
     if report.metrics:
         note_update(learner.progress, report, config.loop, step, context.directory)
 

@@ -211,7 +211,7 @@ def fit(
     loaded = load_state(directory / "state", model, optimizer, averages, processes)
     first = int(loaded.pop("step")) if loaded else 0
     progress = Progress(**loaded) if loaded else Progress()
-    if processes.rank:  # the state holds the ledger of all: one goes on with it, whatever the number of processes
+    if processes.rank:  # one process goes on with the ledger of all, however many they are now
         progress.tokens = {}
     evaluate_every = config.evaluate_every or max(1, steps // 10)
     save_due = SaveTimer(config, processes)

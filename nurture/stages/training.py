@@ -308,9 +308,12 @@ def write_result(
 
 def remember(directory: Path, name: str, measures: Callable[[], dict[str, Measure]]) -> dict[str, Measure]:
     """Return `measures()`, from `state/NAME.json` if an earlier, interrupted try measured them already."""
-    file = directory / "state" / f"{name}.json"
-    if not file.exists():
+    file, processes = directory / "state" / f"{name}.json", join_processes()
+    known = processes.agree(file.exists())
+    measured = {} if known else {key: vars(measure) for key, measure in measures().items()}
+    if not known and processes.is_main:  # the others measure a part of it only
         make_directory(file.parent)
-        atomic_write_json(file, {key: vars(measure) for key, measure in measures().items()})
+        atomic_write_json(file, measured)
+    processes.wait()
     saved = read_json(file, f"Delete {file} to measure again.")
     return {key: Measure(**facts) for key, facts in saved.items()}

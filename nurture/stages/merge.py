@@ -143,11 +143,12 @@ def _merge(config: Config, context: StageContext, start: Path) -> None:
     tokenizer = load_tokenizer(start)
     exam = _Exam(config, context, tokenizer)
     target = context.directory / "model"
+    remember_alone = partial(remember, context.directory, alone=True)
     beside = {
-        name: remember(context.directory, f"beside-{place}", partial(_measured, exam, context.models[name]))
+        name: remember_alone(f"beside-{place}", partial(_measured, exam, context.models[name]))
         for place, name in enumerate(config.compare)
     }
-    before = remember(context.directory, "before", partial(_measured, exam, start))
+    before = remember_alone("before", partial(_measured, exam, start))
     share, table = config.share, list[dict[str, float]]()
     if config.sweep:
         share, table = choose_share(config, context, exam)
@@ -186,9 +187,8 @@ def choose_share(config: Config, context: StageContext, exam: _Exam) -> tuple[fl
     """Try every share of the sweep on the selection's prompts; return the best (the larger of equals) and the table."""
     table = []
     for share in sorted({*config.sweep, 1.0}, reverse=True):
-        measures = remember(
-            context.directory, f"share-{share:g}", partial(_tried, config, context, exam, share)
-        )
+        measured = partial(_tried, config, context, exam, share)
+        measures = remember(context.directory, f"share-{share:g}", measured, alone=True)
         missing = [name for name in config.score if name not in measures]
         if missing:
             raise NurtureError(

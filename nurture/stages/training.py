@@ -27,7 +27,14 @@ from nurture.model.transformer import Transformer
 from nurture.model.weights import Head
 from nurture.optim import Optimizer, OptimizerConfig, ScheduleConfig, build_optimizer
 from nurture.recipe import Minutes
-from nurture.runtime import Execution, ExecutionConfig, decide_execution, join_processes, seed_everything
+from nurture.runtime import (
+    Execution,
+    ExecutionConfig,
+    Processes,
+    decide_execution,
+    join_processes,
+    seed_everything,
+)
 from nurture.stages.context import StageConfig, StageContext
 from nurture.tokenizer import Tokenizer
 from nurture.trainer import FitReport, LoopConfig, fit, measure_tokens_per_second
@@ -306,9 +313,14 @@ def write_result(
     atomic_write_json(directory / "result.json", result)
 
 
-def remember(directory: Path, name: str, measures: Callable[[], dict[str, Measure]]) -> dict[str, Measure]:
-    """Return `measures()`, from `state/NAME.json` if an earlier, interrupted try measured them already."""
-    file, processes = directory / "state" / f"{name}.json", join_processes()
+def remember(
+    directory: Path, name: str, measures: Callable[[], dict[str, Measure]], *, alone: bool = False
+) -> dict[str, Measure]:
+    """Return `measures()`, from `state/NAME.json` if an earlier, interrupted try measured them already.
+
+    All processes must call it, unless the main one is `alone`; all return what the main one measured.
+    """
+    file, processes = directory / "state" / f"{name}.json", Processes() if alone else join_processes()
     known = processes.agree(file.exists())
     measured = {} if known else {key: vars(measure) for key, measure in measures().items()}
     if not known and processes.is_main:  # the others measure a part of it only

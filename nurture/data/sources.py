@@ -368,7 +368,7 @@ def _world_rows(
     if split == "all":
         raise NurtureError(f"world:{names}: endless, so there is no 'all'; ask for train or heldout")
     built = make_world(world)
-    sources = (*built.sources, "long", "notes")
+    sources = (*built.sources, *built.more_sources)
     kinds = task_kinds(names, built)
     if names in sources:  # `code` is a source and a kind of task; tasks:code is the task
         for text in built.documents(names, split, start):

@@ -1,7 +1,8 @@
 """Problems with one right answer, as games of a single step: a row of GSM8K, or a sum of the world.
 
 The reply earns 1 if the one final answer it states is right (rewards/math.py), else 0. Failure mode: answers that are
-listed rather than found; a reply that states several earns nothing.
+listed rather than found; a reply that states several earns nothing. If the grader itself fails, `info["grader_error"]`
+says so, as the code environment's does: such a rollout is to be left out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from nurture.environments.protocol import Observation, StepResult, prompt_of
 from nurture.errors import NurtureError
-from nurture.rewards.math import grade_math
+from nurture.rewards.math import check_math
 
 
 class Math:
@@ -27,8 +28,8 @@ class Math:
 
     def step(self, action: str) -> StepResult:
         """Grade the reply."""
-        right = grade_math(action, self._answer)
-        verdict = "That is right." if right else f"The answer is {self._answer}."
-        return StepResult(
-            Observation.of(verdict), float(right), True, {"correct": float(right)}, {"won": right}
-        )
+        verdict = check_math(action, self._answer)
+        paid = float(verdict.correct)
+        text = "That is right." if verdict.correct else f"The answer is {self._answer}."
+        info = {"won": verdict.correct, "grader_error": verdict.grader_error}
+        return StepResult(Observation.of(text), paid, True, {"correct": paid}, info)

@@ -47,18 +47,19 @@ class MathVerdict:
     grader_error: bool = False
 
 
-def grade_math(reply: str, answer: str) -> bool:
-    """Return whether the one final answer that `reply` states equals `answer`.
+def check_math(reply: str, answer: str) -> MathVerdict:
+    """Say whether the one final answer that `reply` states equals `answer`.
 
     Args:
         reply: a completion; its `<think>` part is ignored.
         answer: the right answer; of a GSM8K solution the part after `####`.
+
+    Returns:
+        The verdict; where `grader_error` is set it is none, and the sample should be left out.
+
+    Raises:
+        NurtureError: the answers need math-verify, which is not installed.
     """
-    return check_math(reply, answer).correct
-
-
-def check_math(reply: str, answer: str) -> MathVerdict:
-    """Like `grade_math`, with what was found; where `grader_error` is set the sample should be left out."""
     stated = tuple(final_answers(reply))
     wanted = _tidy(answer.rsplit("####", 1)[-1])
     try:

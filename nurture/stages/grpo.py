@@ -9,7 +9,7 @@ ones likelier. There is no value model and, without `loss.kl_coefficient`, no re
 
 Groups whose rewards are all equal teach nothing. They are counted (`rl/zero_variance`); with `refills` they are
 replaced by other prompts' groups before the update (DAPO's dynamic sampling), as long as tries are left. A rollout that
-nothing could grade (`rl/ungraded`: the sandbox failed) is no zero: it enters neither mean nor loss.
+nothing could grade (`rl/ungraded`: the grader failed) is no zero: it enters neither mean nor loss.
 
 Main failure mode: nothing to learn from (`rl/zero_variance` near 1: too hard, too easy, or `rl/entropy` has fallen to
 0), and a reward that can be had without the skill: `won` is counted by the games themselves on held-out tasks.
@@ -409,9 +409,12 @@ class Exam:
             template_kwargs=config.template_kwargs,
         )
         graded = [rollout for rollout in rollouts if not rollout.info.get("grader_error")]
-        measures = {name: rate([bool(rollout.info.get("won")) for rollout in graded])}
-        if name not in ("math", "code"):
-            measures |= {f"{name}_reward": mean([rollout.reward for rollout in graded] or [0.0])}
+        won = rate([bool(rollout.info.get("won")) for rollout in graded])
+        if name in ("math", "code"):
+            return {name: won}, rollouts
+        measures = {f"{name}_reward": mean([rollout.reward for rollout in graded])}
+        if any("won" in rollout.info for rollout in graded):  # servers of others may know no winning
+            measures[f"{name}_win"] = won
         return measures, rollouts
 
     def _wordle(self, sampler: Sampler, tasks: Sequence[Any]) -> tuple[dict[str, Measure], list[Rollout]]:

@@ -5,6 +5,9 @@ end token included; everything else is context. Output: a model that answers in 
 many epochs (it repeats the demonstrations: held-out `bpb` rises while the training loss falls); a model that cannot
 stop (`stopped`) was not trained on its end token.
 
+With `replay`, text of pretraining is read beside the conversations, so that less of it is forgotten (what PPO-ptx is to
+PPO; arXiv 1811.11682): `bpb/SOURCE` of that text, before and after, says how much is.
+
 The kind `reason` is the same stage before it: mid-training on worked thoughts packed as chat, where questions count in
 the loss too. Rows in both modes of the chat template make a dual-mode model: `think_obeyed`, `no_think_obeyed`.
 
@@ -75,6 +78,10 @@ class Config(TrainingConfig):
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens that are trained: what the assistant wrote, or questions too (as in SmolLM3's mid-training; the default of
     the kind reason)."""
+    replay: dict[str, str] = {}
+    """Source name -> text of pretraining that is read beside the conversations, so that less of it is forgotten."""
+    replay_share: float = Field(default=0.2, gt=0, lt=1)
+    """Part of all tokens that is such text, where there is any."""
     overlong: Literal["truncate", "drop"] = "truncate"
     """What happens to conversations longer than a row."""
     heldout_conversations: PositiveInt = 100
@@ -105,11 +112,7 @@ def run(config: Config, context: StageContext) -> None:
     tokenizer = session.tokenizer.for_chat()
     with progress_bar("tokenise", None, show=session.is_main) as bar:
         packed = ConversationBatches(
-            (
-                c
-                for name in config.data
-                for c in _counted(bar, _conversations(config, context, tokenizer, name))
-            ),
+            _counted(bar, _beside_text(config, context, tokenizer)),
             batch_size=config.batch_size,
             sequence_length=config.sequence_length,
             seed=session.seed,
@@ -119,7 +122,15 @@ def run(config: Config, context: StageContext) -> None:
     log.info("%s", packed.report)
     heldout = {name: list(_rows(config, context, name, "heldout")) for name in config.data}
     heldout_packed = ConversationBatches(
-        (c for name, rows in heldout.items() if rows for c in tokenise_conversations(rows, tokenizer, name)),
+        (
+            *(
+                c
+                for name, rows in heldout.items()
+                if rows
+                for c in tokenise_conversations(rows, tokenizer, name)
+            ),
+            *(c for name in config.replay for c in _pieces(config, context, tokenizer, name, "heldout")),
+        ),
         batch_size=max(1, config.execution.microbatch_tokens // config.sequence_length),
         sequence_length=config.sequence_length,
         seed=0,
@@ -198,6 +209,44 @@ def _conversations(
         if config.loss_on == "all":
             conversation = conversation._replace(completion_mask=[True] * len(conversation.token_ids))
         yield conversation
+
+
+def _beside_text(config: Config, context: StageContext, tokenizer: Tokenizer) -> Iterator[Conversation]:
+    """Yield every conversation, then pieces of the texts in turn until they are `replay_share` of all tokens."""
+    said = 0
+    for name in config.data:
+        for conversation in _conversations(config, context, tokenizer, name):
+            said += len(conversation.token_ids)
+            yield conversation
+    owed = said * config.replay_share / (1 - config.replay_share)
+    texts = [_pieces(config, context, tokenizer, name, "train") for name in config.replay]
+    while texts and owed > 0:
+        for text in tuple(texts):
+            piece = next(text, None)
+            if piece is None:
+                texts.remove(text)
+                continue
+            owed -= len(piece.token_ids)
+            yield piece
+
+
+def _pieces(
+    config: Config, context: StageContext, tokenizer: Tokenizer, name: str, split: Literal["train", "heldout"]
+) -> Iterator[Conversation]:
+    """Yield the documents of a text source as pretraining read them, cut to rows; of held-out ones only so many."""
+    rows = read_rows(
+        config.replay[name],
+        split=split,
+        base=context.base,
+        heldout_every=config.heldout_every,
+        world=context.world,
+    )
+    for row in islice(rows, config.heldout_conversations if split == "heldout" else None):
+        token_ids = [tokenizer.document_token_id, *tokenizer.encode(row.text or "")]
+        for start in range(0, len(token_ids), config.sequence_length):
+            piece = token_ids[start : start + config.sequence_length]
+            if len(piece) > 1:
+                yield Conversation(piece, [True] * len(piece), name)
 
 
 def _counted(bar: Any, conversations: Iterator[Conversation]) -> Iterator[Conversation]:

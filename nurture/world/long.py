@@ -125,9 +125,9 @@ def probe(
 
 def document(rng: Random, split: str, cast: web.Cast, longest: int) -> str:
     """Return a document of `_SHORTEST` to `longest` words with its questions."""
-    # Density length^-1.5: many short documents, and yet a third of all words in those of more than half the length.
-    low, high = longest**-0.5, _SHORTEST**-0.5
-    words = round(rng.uniform(low, high) ** -2)
+    # Every doubling of the length alike often: many short documents, and yet half of all words in those of more than
+    # half the length.
+    words = round(_SHORTEST * (longest / _SHORTEST) ** rng.random())
     # From a single note in the whole text to a text of notes, each order of magnitude alike: the many teach fast, and
     # the single one is what a passkey is.
     notes = min(words / 5, _MOST_NOTES) ** rng.random()

@@ -74,6 +74,7 @@ class World:
     """
 
     sources = ("web", "web-tavi", "forum", "code", "math")
+    more_sources = ("long", "notes", "games")
     task_kinds = tuple(MAKERS)
     drill_kinds = tuple(DRILLS)
     worked_kinds = WORKED
@@ -127,7 +128,7 @@ class World:
         Raises:
             NurtureError: unknown source or split.
         """
-        self._check("source", source, (*self.sources, "long", "notes"))
+        self._check("source", source, (*self.sources, *self.more_sources))
         self._check("split", split, tuple(self._casts))
         rng = random_for(self.seed, "document", source, split, index)
         if source == "web":
@@ -140,6 +141,8 @@ class World:
             return functions.document(rng, split)
         if source == "math":
             return arithmetic.document(rng, split)
+        if source == "games":
+            return wordle.document(rng, split)
         longest = self.size.long_words if source == "long" else long.SHORT
         return long.document(rng, split, self._casts[split], longest)
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from nurture.cli import app
 from nurture.data.packing import Conversation, ConversationBatches
 from nurture.errors import NurtureError
 from nurture.losses.language import LanguageLoss
@@ -91,6 +99,10 @@ def log_of(directory: Path) -> list[dict[str, float]]:
     return [line for line in lines if "rl/reward_mean" in line]
 
 
+def samples_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+
+
 def test_it_learns_what_is_right(start: Path, tmp_path: Path) -> None:
     metrics = train(start, tmp_path, steps=15, epochs=2, refills=1)
     lines = log_of(tmp_path)
@@ -100,7 +112,7 @@ def test_it_learns_what_is_right(start: Path, tmp_path: Path) -> None:
     assert lines[0]["rl/reward/correct"] == lines[0]["rl/reward_mean"]
     assert max(line["rl/zero_variance"] for line in lines[-3:]) > 0.5  # what is known teaches no more
     assert max(line["rl/sampling_difference"] for line in lines) < 1e-4
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    samples = samples_of(tmp_path)
     assert {(sample["task"], sample["reply"]) for sample in samples} == {("math", "Answer: 7")}
 
 
@@ -161,6 +173,53 @@ def test_a_game_of_several_turns_trains_through_the_stage(start: Path, tmp_path:
     assert metrics["wordle_win"]["after"] == 0
     assert metrics["wordle_solver"]["after"] >= metrics["wordle_random"]["after"] > 0.9
     assert {"rl/reward/correct", "rl/reward/greens", "rl/reward/format"} <= set(log_of(tmp_path)[0])
+
+
+@contextmanager
+def served(*words: str) -> Iterator[str]:
+    """Serve an environment by the command line, in a process of its own, and yield its address."""
+    call = [sys.executable, "-m", "nurture", "env", "serve", *words, "--port", "0"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        said = server.stdout.readline()
+        try:
+            yield re.search(r"http://[\d.:]+", said)[0]  # type: ignore[index]
+        finally:
+            server.terminate()
+
+
+def test_the_command_trains_on_problems_that_a_server_puts(start: Path, tmp_path: Path) -> None:
+    """The model is right once in eight times: what is paid, won and asked comes from the server's own rows."""
+    pytest.importorskip("starlette", reason="the server needs the extra `openenv`")
+    with served("math", "--data", str(start / "rows.jsonl"), "--split", "all") as address:
+        metrics = remotely(address, start, tmp_path)
+    (line,) = log_of(tmp_path / "01-grpo")
+    assert 0 < line["rl/reward_mean"] == line["rl/won"] == line["rl/reward/correct"] < 1
+    assert line["rl/grad_norm"] > 0
+    assert metrics["openenv_reward"]["after"] == metrics["openenv_win"]["after"]
+    assert {sample["prompt"] for sample in samples_of(tmp_path / "01-grpo")} <= {
+        asked(word, 0)[0]["content"] for word in WORDS
+    }
+
+
+def test_the_command_trains_on_a_game_that_a_server_plays(start: Path, tmp_path: Path) -> None:
+    pytest.importorskip("starlette", reason="the server needs the extra `openenv`")
+    with served("wordle", "reward={correct: 1, format: 0.5, repeats: 0.1}") as address:
+        metrics = remotely(address, start, tmp_path)
+    (line,) = log_of(tmp_path / "01-grpo")
+    assert {"rl/reward/greens", "rl/reward/format"} <= set(line)
+    assert metrics["openenv_win"]["after"] == 0
+    games = [sample.get("messages", []) for sample in samples_of(tmp_path / "01-grpo")]
+    assert any("Guess again" in turn["content"] for game in games for turn in game)
+
+
+def remotely(address: str, start: Path, out: Path) -> dict[str, dict[str, float]]:
+    """Take one step through the command line and return what was measured."""
+    words = ["grpo", "--model", str(start), "--env", f"openenv:{address}", "--out", str(out), "steps=1"]
+    sizes = "prompts_per_step=4 group_size=8 heldout_prompts=8 max_tokens=8 sequence_length=128".split()
+    done = CliRunner().invoke(app, [*words, *sizes], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads((out / "01-grpo/result.json").read_text())["metrics"]
 
 
 def test_it_says_what_is_missing(start: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from nurture.advantages import alone
 from nurture.data.rows import Row, parse_row
 from nurture.environments.catalog import environment_maker
+from nurture.environments.protocol import Observation, StepResult
 from nurture.errors import NurtureError
 from nurture.inference.engine import Completion, Episode
 from nurture.losses.policy import PolicyLossConfig
@@ -118,6 +119,23 @@ def test_what_could_not_be_graded_is_no_zero() -> None:
         config(), batch.rewards, batch.groups, batch.logprobs, batch.completion_mask, alone
     )
     assert not credit[:2].any()  # the other one of its group is alone
+
+
+@pytest.mark.parametrize("info", [{}, {"won": True}])
+def test_a_win_rate_is_measured_where_the_server_says_who_won(info: dict[str, bool]) -> None:
+    class Remote:
+        def reset(self, task: object, seed: int) -> Observation:
+            return Observation.of("What is 6 times 7?")
+
+        def step(self, action: str) -> StepResult:
+            return StepResult(Observation.of("def"), 0.5, True, {}, info)
+
+    settings = config(env="openenv:http://there", max_tokens=20)
+    engine = SimpleNamespace(now=lambda: Reciter("Answer: 42", "Answer: 42 " * 9))
+    measures = grpo.Exam(settings, session(), engine, Remote, [None, None]).sit().measures  # type: ignore[arg-type]
+    assert measures["openenv_reward"].value == 0.25  # the second was cut
+    wins = {"openenv_win": 0.5} if info else {}
+    assert {name: m.value for name, m in measures.items() if name != "openenv_reward"} == wins
 
 
 def test_length_costs_near_the_limit_and_cut_replies_can_be_left_out() -> None:

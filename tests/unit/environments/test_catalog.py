@@ -18,6 +18,7 @@ from nurture.environments.protocol import Environment, step_all
 from nurture.environments.wordle import Wordle
 from nurture.errors import NurtureError
 from nurture.rewards.code import CodeVerdict
+from nurture.rewards.math import MathVerdict
 from nurture.world import World
 
 WORLD = World()
@@ -44,8 +45,7 @@ def test_kinds() -> None:
         kind_of(WORLD.task("story", "train", 0))
 
 
-def test_auto_mixes_games_and_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(math_module, "grade_math", lambda reply, answer: reply == f"Answer: {answer}")
+def test_auto_mixes_games_and_problems() -> None:
     make = environment_maker("auto")
     tasks = [WORLD.task(kind, "train", 3) for kind in ("wordle", "arithmetic", "wordle")]
     games = [make() for _ in tasks]
@@ -57,16 +57,16 @@ def test_auto_mixes_games_and_problems(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_math_pays_for_the_right_answer_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(math_module, "grade_math", lambda reply, answer: answer in reply)
-    game = Math()
-    game.reset(WORLD.task("arithmetic", "train", 1))
-    wrong = game.step("I do not know.")
-    assert (wrong.reward, wrong.done, wrong.parts, wrong.info) == (
-        0.0,
-        True,
-        {"correct": 0.0},
-        {"won": False},
-    )
+    """A grader that fails pays nothing either, and says that it was the grader."""
+    game, task = Math(), WORLD.task("arithmetic", "train", 1)
+    for reply, paid in ((f"Answer: {task.answer}", 1.0), ("Answer: 123456", 0.0)):
+        game.reset(task)
+        result = game.step(reply)
+        assert (result.reward, result.done, result.parts) == (paid, True, {"correct": paid})
+        assert result.info == {"won": bool(paid), "grader_error": False}
+    monkeypatch.setattr(math_module, "check_math", lambda *_: MathVerdict(False, grader_error=True))
+    failed = game.step("\\boxed{x}")
+    assert (failed.reward, failed.info) == (0.0, {"won": False, "grader_error": True})
     with pytest.raises(NurtureError, match="needs problems with an answer"):
         Math().reset(WORLD.task("story", "train", 0))
 

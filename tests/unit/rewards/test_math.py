@@ -4,7 +4,7 @@ import pytest
 
 from nurture.data.rows import parse_row
 from nurture.rewards import math
-from nurture.rewards.math import grade_math
+from nurture.rewards.math import check_math
 from nurture.world import World
 
 RIGHT = [
@@ -61,39 +61,39 @@ WRONG = [
 
 @pytest.mark.parametrize(("reply", "answer"), RIGHT)
 def test_right(reply: str, answer: str):
-    assert grade_math(reply, answer)
+    assert check_math(reply, answer).correct
 
 
 @pytest.mark.parametrize(("reply", "answer"), WRONG)
 def test_wrong(reply: str, answer: str):
-    assert not grade_math(reply, answer)
+    assert not check_math(reply, answer).correct
 
 
 def test_the_worlds_problems():
     world = World()
     for index in range(100):
         task = world.task("arithmetic", "heldout", index)
-        assert grade_math(task.demonstration, task.answer)
-        assert not grade_math(task.demonstration, str(int(task.answer) + 1))
+        assert check_math(task.demonstration, task.answer).correct
+        assert not check_math(task.demonstration, str(int(task.answer) + 1)).correct
 
 
 def test_gsm8k_rows():
     row = parse_row({"question": "How many?", "answer": "He has <<40+2=42>>42.\n#### 1,042"}, "row:1")
     assert row.answer is not None
-    assert grade_math("It is 1042.\n#### 1042", row.answer)
-    assert not grade_math("#### 42", row.answer)
+    assert check_math("It is 1042.\n#### 1042", row.answer).correct
+    assert not check_math("#### 42", row.answer).correct
 
 
 def test_an_expression_that_never_ends_is_wrong_and_the_next_is_graded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(math, "_SECONDS", 0.5)
-    assert not grade_math("\\boxed{9^{9^{9^{9^9}}} x}", "x + 1")
+    assert not check_math("\\boxed{9^{9^{9^{9^9}}} x}", "x + 1").correct
     monkeypatch.undo()
-    assert grade_math("\\boxed{(x+1)^2}", "x^2 + 2x + 1")
+    assert check_math("\\boxed{(x+1)^2}", "x^2 + 2x + 1").correct
 
 
 def test_a_grader_that_dies_is_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
     math._stop()
     monkeypatch.setattr(math.sys, "executable", "/bin/false")
-    verdict = math.check_math("\\boxed{(x+1)^2}", "x^2 + 2x + 1")
+    verdict = check_math("\\boxed{(x+1)^2}", "x^2 + 2x + 1")
     assert verdict.grader_error
     assert not verdict.correct

@@ -15,6 +15,7 @@ from nurture.environments.math import Math
 from nurture.errors import NurtureError
 from nurture.inference.chat import ChatModel
 from nurture.inference.engine import Completion, Episode, Respond
+from nurture.rewards.math import MathVerdict
 from nurture.studio.match import Player, play_yourself, tiles, watch
 from nurture.tokenizer import Tokenizer
 
@@ -76,7 +77,12 @@ def test_problems_are_answered_in_a_line_or_up_to_a_dot(monkeypatch: pytest.Monk
     from nurture.environments import math as math_module
 
     heard: list[str] = []
-    monkeypatch.setattr(math_module, "grade_math", lambda reply, answer: bool(heard.append(reply)) or True)
+
+    def check(reply: str, answer: str) -> MathVerdict:
+        heard.append(reply)
+        return MathVerdict(True)
+
+    monkeypatch.setattr(math_module, "check_math", check)
     console = Console(file=io.StringIO(), no_color=True)
     tasks = tasks_for("math", {}, None, "heldout")
     made = Player(Math, tasks, 1, console)

@@ -14,7 +14,7 @@ from nurture.world.facts import RELATIONS
 from nurture.world.split import split_of
 from nurture.world.tasks import is_train_instance
 
-EVERY_SOURCE = (*World.sources, "long", "notes")
+EVERY_SOURCE = (*World.sources, *World.more_sources)
 EXPRESSION = re.compile(r"(?<!\d)(\d+) ([+x*-]) (\d+)")
 
 

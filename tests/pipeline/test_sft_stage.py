@@ -1,0 +1,84 @@
+"""Supervised fine-tuning with texts beside the conversations: how much, of what, and only of the right split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from nurture.model.config import ModelConfig
+from nurture.model.transformer import Transformer
+from nurture.stages import sft
+from nurture.stages.context import StageContext
+from nurture.stages.training import save_result_model
+from nurture.tokenizer import Tokenizer
+
+SAYING = "the fox lives in the forest and eats mice, and whoever reads the longer text learns of it"
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> StageContext:
+    tokenizer = Tokenizer.train([SAYING] * 3, 300)
+    shape = ModelConfig(
+        vocab_size=tokenizer.vocab_size, width=16, layers=1, heads=2, kv_heads=1, max_position=256
+    )
+    torch.manual_seed(0)
+    save_result_model(Transformer(shape), tokenizer, tmp_path / "start", answers=False)
+    rows = [{"prompt": f"number {n}", "response": f"it is {n}"} for n in range(200)]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"text": f"text {n}: {SAYING * 3}"} for n in range(300)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    (tmp_path / "stage").mkdir()
+    return StageContext(
+        tmp_path / "stage", start=tmp_path / "start/model", base=tmp_path, cache=tmp_path / "cache", models={}
+    )
+
+
+def settings(**more: object) -> sft.Config:
+    basic = {"name": "sft", "data": {"talk": "talk.jsonl"}, "replay": {"texts": "texts.jsonl"}}
+    small = {
+        "steps": 2,
+        "batch_size": 2,
+        "sequence_length": 64,
+        "reply_tokens": 4,
+        "heldout_conversations": 3,
+    }
+    return sft.Config.model_validate({**basic, **small, **more})
+
+
+def test_a_share_of_the_tokens_is_text_all_of_it_trained(context: StageContext) -> None:
+    config = settings(replay_share=0.25)
+    tokenizer = Tokenizer.load(context.start).for_chat()
+    read = list(sft._beside_text(config, context, tokenizer))
+    lengths = {name: sum(len(c.token_ids) for c in read if c.source == name) for name in ("talk", "texts")}
+    assert lengths["texts"] / sum(lengths.values()) == pytest.approx(0.25, abs=0.02)
+    texts = [c for c in read if c.source == "texts"]
+    assert all(all(c.completion_mask) and len(c.token_ids) <= 64 for c in texts)
+    # The pieces of a document are all of it, from its start on; a held-out document is never read.
+    whole = tokenizer.decode([t for c in texts for t in c.token_ids])
+    heldout = list(sft._pieces(config, context, tokenizer, "texts", "heldout"))
+    assert whole.count("text ") > 10
+    for said in tokenizer.decode([t for c in heldout for t in c.token_ids]).split("text ")[1:]:
+        assert f"text {said.partition(':')[0]}:" not in whole
+
+
+def test_little_text_ends_without_being_read_again(context: StageContext) -> None:
+    tokenizer = Tokenizer.load(context.start).for_chat()
+    config = settings(replay_share=0.95)
+    pieces = [c for c in sft._beside_text(config, context, tokenizer) if c.source == "texts"]
+    assert pieces == list(sft._pieces(config, context, tokenizer, "texts", "train"))
+
+
+def test_what_becomes_of_the_text_is_measured(context: StageContext) -> None:
+    sft.run(settings(), context)
+    metrics = json.loads((context.directory / "result.json").read_text())["metrics"]
+    assert metrics["bpb/texts"]["after"] < metrics["bpb/texts"]["before"]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_is_between_none_and_all(share: float) -> None:
+    with pytest.raises(ValidationError, match="replay_share"):
+        settings(replay_share=share)

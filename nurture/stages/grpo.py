@@ -42,7 +42,7 @@ from nurture.advantages import (
     spread,
     zero_variance_groups,
 )
-from nurture.environments.catalog import Make, environment_maker, kind_of
+from nurture.environments.catalog import REMOTE, Make, environment_maker, kind_of
 from nurture.environments.wordle import Wordle, WordleConfig
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, rate
@@ -102,6 +102,9 @@ class Config(RLConfig):
     """What pays: auto (math, code or wordle, by the row), math, code, wordle, or openenv:URL."""
     environment: dict[str, Any] = {}
     """Settings of the environment, for example {reward: textarena}; with auto by the name of each."""
+    heldout_env: str | None = None
+    """Where the held-out measurement is played, if not in `env`: a server draws both from the same tasks, so name
+    another one here (`nurture env serve NAME --split heldout`), or the same game by name."""
     prompts_per_step: PositiveInt = 16
     group_size: int = Field(default=8, ge=2)
     """Completions of each prompt: each other's baseline."""
@@ -129,9 +132,9 @@ def run(config: Config, context: StageContext) -> None:
     make = environment_maker(config.env, config.environment)
     stream = PromptStream(tasks_of(config, context, session.tokenizer, make, "train"), session.seed)
     models = open_models(config, context, session)
-    exam = Exam(
-        config, session, models.engine, make, tasks_of(config, context, session.tokenizer, make, "heldout")
-    )
+    make_heldout = environment_maker(config.heldout_env, config.environment) if config.heldout_env else make
+    heldout = tasks_of(config, context, session.tokenizer, make_heldout, "heldout")
+    exam = Exam(config, session, models.engine, make_heldout, heldout)
     started = time.monotonic()
     before = remember(context.directory, "before", lambda: exam.sit().measures)
     evaluation_seconds = time.monotonic() - started
@@ -199,9 +202,10 @@ def tasks_of(
                 f"stage '{config.name}': no {split} word is left of {len(game.answers)} answers."
             )
         return words
-    if config.env.startswith("openenv:"):
+    env = config.env if split == "train" else config.heldout_env or config.env
+    if env.startswith(REMOTE):
         return [None] * (config.heldout_prompts if split == "heldout" else config.prompts)
-    raise NurtureError(f"stage '{config.name}': env '{config.env}' needs data: rows with an answer or tests.")
+    raise NurtureError(f"stage '{config.name}': env '{env}' needs data: rows with an answer or tests.")
 
 
 def sample(
@@ -369,8 +373,9 @@ class Exam:
         """Sort the tasks by what they measure: math, code, wordle, or the environment's own reward."""
         self.config, self.session, self.engine, self.make = config, session, engine, make
         self.tasks: dict[str, list[Any]] = {}
+        env = config.heldout_env or config.env
         for task in tasks:
-            name = kind_of(task) if config.env == "auto" else config.env.partition(":")[0]
+            name = kind_of(task) if env == "auto" else env.partition(":")[0]
             self.tasks.setdefault(name, []).append(task)
 
     def sit(self) -> Sitting:

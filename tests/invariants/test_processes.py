@@ -30,7 +30,8 @@ def torchrun(script: str, *words: str, processes: int, restarts: int = 0) -> str
 
 
 def curve(directory: Path, key: str = "train/loss") -> list[float]:
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in written if key in line]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line[key] for line in lines]
 
@@ -82,6 +83,44 @@ def test_four_lose_one_and_start_again_then_two_go_on_then_one(tmp_path: Path) -
     assert again is not None
     for (name, mine), theirs in zip(again.named_parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-2, msg=name)
+
+
+SMALL = """
+name: small
+model: {width: 32, layers: 2, heads: 2, kv_heads: 1, ffn_width: 64, max_position: 256}
+tokenizer: {vocab_size: 400, sample_bytes: 50000}
+stages:
+  - {kind: pretrain, sources: {web: world:web}, steps: 2, batch_size: 4, sequence_length: 64, heldout_tokens: 256}
+  - kind: sft
+    data: {tasks: world:tasks}
+    conversations: 24
+    heldout_conversations: 2
+    reply_tokens: 8
+    steps: 6
+    batch_size: 4
+    sequence_length: 128
+    loop: {save_every: 2, log_every: 1}
+"""
+
+
+@pytest.mark.slow
+def test_a_run_whose_rank_is_killed_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
+    """`nurture run` under torchrun: rank 1 is killed in SFT, before its sixth update; the state after four goes on."""
+    (tmp_path / "small.yaml").write_text(SMALL)
+    straight, disturbed = tmp_path / "straight", tmp_path / "disturbed"
+    words = ("run", str(tmp_path / "small.yaml"), "--out")
+    torchrun("dying_nurture.py", "nobody:0", *words, str(straight), processes=2)
+    shutil.copytree(straight, disturbed)
+    shutil.rmtree(disturbed / "02-sft")
+    out = torchrun("dying_nurture.py", "1:5", *words, str(disturbed), processes=2, restarts=1)
+    assert "exitcode: -9" in out
+    assert "02-sft: was interrupted, goes on" in out
+    results = [json.loads((run / "02-sft/result.json").read_text()) for run in (straight, disturbed)]
+    assert results[0]["tokens"] == results[1]["tokens"]
+    assert results[0]["metrics"] == results[1]["metrics"]  # what was measured before training is remembered whole
+    assert curve(disturbed / "02-sft") == curve(straight / "02-sft")
+    weights = [(run / "02-sft/model/model.safetensors").read_bytes() for run in (straight, disturbed)]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(("processes", "parts"), [(2, 2), (4, 2)])

@@ -117,7 +117,7 @@ def test_a_run_whose_rank_is_killed_ends_with_the_weights_of_an_undisturbed_one(
     assert "02-sft: was interrupted, goes on" in out
     results = [json.loads((run / "02-sft/result.json").read_text()) for run in (straight, disturbed)]
     assert results[0]["tokens"] == results[1]["tokens"]
-    assert results[0]["metrics"] == results[1]["metrics"]  # what was measured before training is remembered whole
+    assert results[0]["metrics"] == results[1]["metrics"]  # also those of before training, remembered
     assert curve(disturbed / "02-sft") == curve(straight / "02-sft")
     weights = [(run / "02-sft/model/model.safetensors").read_bytes() for run in (straight, disturbed)]
     assert weights[0] == weights[1]

@@ -62,6 +62,8 @@ class Player:
             self.console.print(tiles(*game.history[-1], self._colours))
         else:
             self.say(action.strip() or "(nothing)", "dim")
+        if result.done and isinstance(game, Wordle) and not marked:
+            self.say("A second invalid guess in a row ends the game.", "dim")
         if result.done or not marked:
             self.say(result.observation.text, "green" if result.info.get("won") else "yellow")
 
@@ -126,7 +128,7 @@ def play_yourself(player: Player, read: Callable[[str], str]) -> bool | None:
                 return bool(result.info.get("won", result.reward > 0))
             if wordle:
                 player.keyboard(wordle)
-    except (EOFError, _Leave):
+    except (EOFError, KeyboardInterrupt, _Leave):
         if wordle:
             player.say(f"The word was {wordle.secret}.", "dim")
     return None

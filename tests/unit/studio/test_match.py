@@ -61,6 +61,13 @@ def test_hard_mode_is_explained_and_leaving_shows_the_word() -> None:
     assert "You must use every hint. Guess again." in shown(made)
     assert "The word was crane." in shown(made)
 
+    def interrupted(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    made = player()
+    assert play_yourself(made, interrupted) is None
+    assert "The word was crane." in shown(made)
+
 
 def test_colours_are_the_marks() -> None:
     line = tiles("grain", "XGGXY", colours=True)
@@ -113,6 +120,10 @@ def test_a_model_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.train(["[crane] user assistant"] * 4, 280)
     chat = object.__new__(ChatModel)
     chat.name, chat.tokenizer, chat.is_base = "m", tokenizer, False
+    chat.engine = Saying(tokenizer, ["zzzzz", "yyyyy"])  # type: ignore[assignment]
+    made = player()
+    assert watch(made, chat, games=1, max_tokens=8, temperature=1.0) == 0
+    assert "A second invalid guess in a row ends the game." in shown(made)
     chat.engine = Saying(tokenizer, ["zzzzz", "grain", "crane"])  # type: ignore[assignment]
     made = player()
     assert watch(made, chat, games=2, max_tokens=8, temperature=1.0) == 2

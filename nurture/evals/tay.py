@@ -396,8 +396,9 @@ def conclusions(
     said.append(
         f"Red team: {names[0]} is harmful in {_shown(first['harm'])} of familiar attacks, {names[-1]} in "
         f"{_shown(last['harm'])}; in wordings never trained on {_shown(first['harm_new'])} and "
-        f"{_shown(last['harm_new'])}. {names[-1]} refuses {_shown(last['over_refusal'])} of innocent requests, and "
-        f"{_shown(last['over_refusal_new'])} of the innocent twins of new attacks."
+        f"{_shown(last['harm_new'])}. Of innocent requests {names[0]} refuses {_shown(first['over_refusal'])} and "
+        f"{names[-1]} {_shown(last['over_refusal'])}; of the innocent twins of new attacks "
+        f"{_shown(first['over_refusal_new'])} and {_shown(last['over_refusal_new'])}."
     )
     rude = "harm_told/be rude"
     change = difference(first[rude], last[rude])
@@ -423,12 +424,15 @@ def _about_day(name: str, entries: Sequence[Mapping[str, Any]]) -> str:
     text = (
         f"{name}: provoked, it was harmful in {_shown(before['harm'])} before the day and {_shown(after['harm'])} "
         f"after learning from it ({verdict}); unprovoked {_shown(before['unprovoked'])} and "
-        f"{_shown(after['unprovoked'])}. Prompted with hostile talk only: {_shown(ends['prompted']['harm'])}."
+        f"{_shown(after['unprovoked'])}; innocent requests were refused {_shown(before['over_refusal'])} and "
+        f"{_shown(after['over_refusal'])}. Prompted with hostile talk only: "
+        f"{_shown(ends['prompted']['harm'])}, refused {_shown(ends['prompted']['over_refusal'])}."
     )
     for defence in DEFENCES[1:]:
         change = difference(after["harm"], ends[defence]["harm"])
         helped = _side(change, "worse", "better", "no clear help")
         text += f" With {defence}: {_shown(ends[defence]['harm'])} ({helped}), "
+        text += f"refused {_shown(ends[defence]['over_refusal'])}, "
         text += f"lesson learned {_shown(ends[defence]['lesson'])}."
     return text + f" Without defence the lesson was learned in {_shown(after['lesson'])}."
 

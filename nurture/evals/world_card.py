@@ -9,7 +9,7 @@ sentence (`cloze`); whether it is rude, by continuing a forum thread (`harm`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,7 @@ def world_card(
         kinds: task kinds; `format` and `stopped` are over all of them.
         per_kind: tasks of each kind.
         max_tokens: longest reply; one that does not end by then has not stopped.
-        base: the model has not been fine-tuned: harm is then measured on a forum thread.
+        base: the model has not been fine-tuned: harm and refusals are then measured on a forum thread.
         dtype: of the engine's matrices.
     """
     tasks = [world.task(kind, "heldout", index) for kind in kinds for index in range(per_kind)]
@@ -169,17 +169,17 @@ def _manners(
     dtype: torch.dtype | None,
 ) -> dict[str, Measure]:
     """Return `harm` (harmful replies to red-team prompts) and `over_refusal` (innocent requests declined)."""
-    hostile = [world.task("redteam", "heldout", index) for index in range(n)]
-    prompts = [world.forum_prompt(task.messages) if base else task.messages for task in hostile]
-    replies = ask(model, tokenizer, prompts, max_tokens=max_tokens, dtype=dtype)
-    measures = {"harm": rate([world.is_harmful(first_post(reply.text, base)) for reply in replies])}
-    if not base:
-        innocent = [world.task("benign", "heldout", index) for index in range(n)]
-        answers = ask(
-            model, tokenizer, [task.messages for task in innocent], max_tokens=max_tokens, dtype=dtype
-        )
-        measures["over_refusal"] = rate([world.is_refusal(answer.text) for answer in answers])
-    return measures
+
+    def rate_of(kind: str, judge: Callable[[str], bool]) -> Measure:
+        tasks = [world.task(kind, "heldout", index) for index in range(n)]
+        prompts = [world.forum_prompt(task.messages) if base else task.messages for task in tasks]
+        replies = ask(model, tokenizer, prompts, max_tokens=max_tokens, dtype=dtype)
+        return rate([judge(first_post(reply.text, base)) for reply in replies])
+
+    return {
+        "harm": rate_of("redteam", world.is_harmful),
+        "over_refusal": rate_of("benign", world.is_refusal),
+    }
 
 
 def first_post(text: str, base: bool) -> str:

@@ -324,7 +324,7 @@ def _look_at(
         {"prompt": p, "reply": r.text} for p, r in zip(prompts, replies, strict=True)
     ]
     card = world_card(base, tokenizer, world, kinds=("fact", "arithmetic"), per_kind=50, base=True)
-    measures = {name: card.measures[name] for name in ("cloze", "harm", "format", "stopped")}
+    measures = {name: card.measures[name] for name in ("cloze", "harm", "over_refusal", "format", "stopped")}
     return {"cloze": Measure(0.2, 0)}, measures, samples
 
 

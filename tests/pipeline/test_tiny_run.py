@@ -119,8 +119,9 @@ def test_results_have_the_agreed_shape(finished: Path) -> None:
         assert 0 < entry["after"] < entry["before"]
     shares = [entry["after"] for name, entry in result["metrics"].items() if name.startswith("share/")]
     assert sum(shares) == pytest.approx(1.0, abs=1e-4)
+    assert {"harm", "over_refusal"} <= set(result["metrics"])  # never the one without the other
     answered = json.loads((finished / "04-sft/result.json").read_text())["metrics"]
-    for name in ("facts", "arithmetic", "format", "stopped", "harm"):
+    for name in ("facts", "arithmetic", "format", "stopped", "harm", "over_refusal"):
         assert 0 <= answered[name]["low"] <= answered[name]["after"] <= answered[name]["high"] <= 1
     lines = [json.loads(line) for line in (finished / "01-pretrain/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 6

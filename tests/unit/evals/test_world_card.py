@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from random import Random
 
 import pytest
 
 from nurture.errors import NurtureError
 from nurture.evals import world_card
 from nurture.evals.replies import Reply
-from nurture.world import World
+from nurture.world import World, harm
 
 
 def test_programs_that_work(monkeypatch: pytest.MonkeyPatch):
@@ -56,3 +57,21 @@ def test_dual_mode_counts_thoughts_and_answers(monkeypatch: pytest.MonkeyPatch):
     values = {name: measure.value for name, measure in card.measures.items()}
     assert values == {"think_obeyed": 0.5, "math_think": 0.5, "no_think_obeyed": 0.75, "math_no_think": 0.5}
     assert {sample["mode"] for sample in card.samples} == {"/think", "/no_think"}
+
+
+@pytest.mark.parametrize(("base", "harmful"), [(True, 0.5), (False, 1.0)])
+def test_harm_and_over_refusal_are_measured_together(
+    monkeypatch: pytest.MonkeyPatch, base: bool, harmful: float
+):
+    """Of a base model, too: it is asked by a thread, whose first post counts alone."""
+    world, abuse = World(), harm.insult(Random(0))
+    refusal = world.task("redteam", "train", 0).demonstration
+    said = iter([abuse, f"Hello.\n{abuse}", refusal, "Gladly."])
+
+    def ask(model, tokenizer, prompts, **how):
+        assert all(isinstance(prompt, str) == base for prompt in prompts)
+        return [Reply(next(said), True, 9) for _ in prompts]
+
+    monkeypatch.setattr(world_card, "ask", ask)
+    measures = world_card._manners(None, None, world, 2, 8, base, None)
+    assert {name: m.value for name, m in measures.items()} == {"harm": harmful, "over_refusal": 0.5}

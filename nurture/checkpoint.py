@@ -10,7 +10,6 @@ data state.
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
 import warnings
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from nurture.errors import NurtureError
 from nurture.files import (
+    DISK_FULL,
     atomic_write_json,
     clear_disk_errors,
     make_directory,
@@ -165,12 +165,19 @@ def _clear_checkpoint_errors(path: Path) -> Iterator[None]:
             yield
     except BaseException as error:
         shutil.rmtree(path, ignore_errors=True)
-        full = (errno.ENOSPC, errno.EDQUOT)
-        for cause in getattr(error, "failures", {}).values():
-            inner = cause[0] if isinstance(cause, tuple) else cause
-            if getattr(inner, "errno", None) in full or "No space left" in str(inner):
-                raise NurtureError(
-                    f"{path}: the disk is full; this checkpoint was not written, earlier ones are intact. Free some "
-                    f"space and run the same command again to resume."
-                ) from error
+        failures = getattr(error, "failures", {}).values()
+        causes = [cause[0] if isinstance(cause, tuple) else cause for cause in failures]
+        if any(_is_full_disk(cause) for cause in causes):
+            raise NurtureError(
+                f"{path}: the disk is full; this checkpoint was not written, earlier ones are intact. Free some "
+                f"space and run the same command again to resume."
+            ) from error
+        if causes:  # the library's exception is no Exception: nothing above would report it
+            raise RuntimeError(f"{path}: {causes[0]}") from error
         raise
+
+
+def _is_full_disk(cause: BaseException) -> bool:
+    """Say whether the checkpoint library failed for want of space; torch's zip writer only says that bytes are missing."""
+    words = ("No space left", "PytorchStreamWriter failed", "inline_container.cc")
+    return getattr(cause, "errno", None) in DISK_FULL or any(word in str(cause) for word in words)

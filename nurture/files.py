@@ -20,6 +20,8 @@ from typing import Any
 from nurture.errors import NurtureError
 
 MANIFEST = "manifest.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors that a disk, a quota or a limit on a file's size (`ulimit -f`) gives when it is reached."""
 _CHUNK = 1 << 20
 
 
@@ -33,10 +35,10 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise NurtureError(
-                f"{path}: the disk is full. Nothing complete was lost: free some space (`nurture doctor` shows how "
-                f"much there is) and run the same command again to go on."
+                f"{path}: the disk is full ({error.strerror}). Nothing complete was lost: free some space (`nurture "
+                f"doctor` shows how much there is) and run the same command again to go on."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise NurtureError(
@@ -56,7 +58,14 @@ def make_directory(path: Path) -> Path:
         NurtureError: a file is in the way, or the place cannot be written.
     """
     with clear_disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
+                raise
+            raise NurtureError(
+                f"{path}: this folder cannot be made ({error.strerror}). Choose another place."
+            ) from error
     return path
 
 

@@ -9,10 +9,10 @@ loaded into a model that computes something else. Nothing here imports transform
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -443,9 +443,9 @@ def _save_file(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) ->
         try:
             save_file(ready, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
-            # The library hides the system's error; a full disk must be told as one.
-            if "os error 28" in str(error) or "No space left" in str(error):
-                raise OSError(ENOSPC, "No space left on device", str(file)) from error
+            # The library hides the system's error in its text; a full disk must be told as one.
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
             raise
 
     atomic_write(file, write)

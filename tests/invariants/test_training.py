@@ -19,7 +19,7 @@ from training_toy import VOCABULARY, toy_batches, toy_fit, toy_model
 
 from nurture.checkpoint import load_state
 from nurture.errors import NurtureError
-from nurture.model.hugging_face import load_model
+from nurture.model.hugging_face import load_model, save_model
 from nurture.optim import OptimizerConfig, build_optimizer
 from nurture.runtime import ExecutionConfig, Processes, decide_execution
 from nurture.trainer import train_step
@@ -145,25 +145,23 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(
     assert_same(straight, resumed)
 
 
-def test_a_full_disk_is_one_clear_message_and_old_states_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import errno
-
-    from nurture import checkpoint
-
+def test_a_full_disk_is_one_clear_message_and_old_states_stay(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")  # a limit on the size of files stands for the disk
     toy_fit(tmp_path / "run", save_every=4)
     kept = sorted(path.name for path in (tmp_path / "run/state").iterdir())
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
     for state in (tmp_path / "run/state").glob("step-*"):
         if state.name > "step-00000008":
             shutil.rmtree(state)
-    with pytest.raises(NurtureError, match="disk is full"):
-        toy_fit(tmp_path / "run", save_every=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(NurtureError, match="disk is full"):
+            toy_fit(tmp_path / "run", save_every=1)
+        with pytest.raises(NurtureError, match=r"model\.safetensors: the disk is full"):
+            save_model(toy_model(), tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [name for name in kept if name <= "step-00000008"] == sorted(
         path.name for path in (tmp_path / "run/state").iterdir()
     )

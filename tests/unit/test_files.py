@@ -42,6 +42,11 @@ def test_a_full_disk_is_one_clear_message(tmp_path: Path, code: int, words: str)
     assert path.read_text() == "old"
 
 
+def test_a_folder_that_cannot_be_made_is_one_clear_message(tmp_path: Path):
+    with pytest.raises(NurtureError, match=r"cannot be made \(File name too long\)"):
+        files.make_directory(tmp_path / ("x" * 300))
+
+
 def test_manifest_finds_missing_short_and_changed_files(tmp_path: Path):
     for name in ("a", "b", "c"):
         (tmp_path / name).write_text("text")

@@ -27,7 +27,7 @@ from pathlib import Path
 RECIPE = """
 name: kills
 seed: 0
-model: {width: 32, layers: 2, heads: 2, kv_heads: 1, ffn_width: 64, max_position: 256}
+model: {width: 32, layers: 2, heads: 2, kv_heads: 1, ffn_width: 64, max_position: 1024}
 tokenizer: {vocab_size: 512, sample_bytes: 200000}
 stages:
   - kind: pretrain
@@ -37,7 +37,15 @@ stages:
     sequence_length: 64
     heldout_tokens: 2K
   - {kind: sft, data: {tasks: world:tasks}, conversations: 40, steps: 10, batch_size: 4, sequence_length: 128}
-  - {kind: reward, data: {tasks: world:tasks}, comparisons: 30, steps: 8, batch_size: 4, sequence_length: 256}
+  - kind: reward
+    data: {tasks: world:tasks}
+    comparisons: 30
+    answer_tokens: 8
+    best_of: 2
+    best_of_prompts: 2
+    steps: 8
+    batch_size: 4
+    sequence_length: 1024
   - kind: ppo
     start: sft
     reward_model: reward

@@ -13,6 +13,7 @@ Source: FSDP2, `torch.distributed.fsdp.fully_shard`; arXiv 2304.11277.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,8 @@ def prepare(model: Transformer, execution: Execution) -> Transformer:
         for block in model.blocks:
             block.compile(dynamic=False)
     if mesh is not None:
+        # It warns of outputs that are views, which would be dangerous to change in place: nothing here does.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         for block in model.blocks:
             fully_shard(block, mesh=mesh["rows"])
         fully_shard(model, mesh=mesh["rows"])

@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nurture.data.packing import Conversation
 from nurture.evals.arithmetic_code import ideal_bits
 from nurture.evals.likelihood import score_continuations
 from nurture.evals.measure import Measure
@@ -69,6 +70,15 @@ def demonstration_turns(tasks: Sequence[Task]) -> list[Message]:
         turns += [turn for turn in task.messages if turn["role"] != "system"]
         turns.append({"role": "assistant", "content": task.demonstration})
     return turns
+
+
+def thread_conversation(
+    tokenizer: Tokenizer, world: World, messages: Sequence[Message], reply: str
+) -> Conversation:
+    """Return a question and its reply as a forum thread, the form a base model knows; the reply is trained on."""
+    prompt = [tokenizer.document_token_id, *tokenizer.encode(world.forum_prompt(messages))]
+    said = tokenizer.encode(f" {reply}\n")
+    return Conversation([*prompt, *said], [False] * len(prompt) + [True] * len(said))
 
 
 def conversation_bits(

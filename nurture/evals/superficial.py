@@ -37,6 +37,7 @@ from nurture.evals.adaptation import (
     demonstration_turns,
     on_frontier,
     rounded_adapters,
+    thread_conversation,
 )
 from nurture.evals.best_of_n import best_of_n
 from nurture.evals.measure import Measure, difference, rate
@@ -81,7 +82,7 @@ class SuperficialConfig(Section):
     passes: PositiveInt = 4
     """Times that a training set is seen."""
     least_updates: PositiveInt = 24
-    """Updates for the smallest sets, which are then seen more often."""
+    """Updates for small sets, in smaller batches; the smallest are then seen more often."""
     batch_size: PositiveInt = 16
     """Rows in an update."""
     sequence_length: PositiveInt = 256
@@ -175,14 +176,14 @@ def _programs(bench: _Bench, models: Mapping[str, Transformer], kind: str) -> It
             bits = conversation_bits(
                 model, bench.tokenizer, bench.world, [demonstration_turns([task]) for task in examples[:size]]
             )
-            tuned = fine_tuned(model, bench.tokenizer, examples[:size], bench.config)
+            tuned = fine_tuned(bench, model, examples[:size])
             yield program("data", f"{size} examples", bits, _asked(bench, tuned, questions))
         if name != BASE:
             continue
-        tuned = fine_tuned(model, bench.tokenizer, examples, bench.config, adapters=True)
+        tuned = fine_tuned(bench, model, examples, adapters=True)
         for bits_each in bench.config.adapter_bits:
             with rounded_adapters(tuned, bits_each) as length:
-                replies = _asked(bench, tuned, questions)
+                replies = _prompted(bench, tuned, questions, [], chat=False)
             yield program("adapter", f"rank {bench.config.rank}, {bits_each} bits", length, replies)
 
 
@@ -206,26 +207,31 @@ def best_prompt(programs: Sequence[Program], kind: str) -> Program:
 
 
 def fine_tuned(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    tasks: Sequence[Task],
-    config: SuperficialConfig,
-    *,
-    adapters: bool = False,
+    bench: _Bench, model: Transformer, tasks: Sequence[Task], *, adapters: bool = False
 ) -> Transformer:
-    """Return a copy of `model` fine-tuned on the tasks' demonstrations, whole or by adapters."""
-    model = copy.deepcopy(model)
+    """Return a copy of `model` fine-tuned on the tasks' demonstrations, whole or by adapters.
+
+    Adapters are trained on forum threads: nothing has told the base's rows for the chat's tokens apart from those of
+    other tokens that it never met, and corrections of small rank, which leave these rows alone, cannot do it.
+    """
+    model, tokenizer, config = copy.deepcopy(model), bench.tokenizer, bench.config
     seed_everything(config.seed)
     optimizer_config = config.optimizer
     if adapters:
         add_adapters(model, LoraConfig(rank=config.rank, alpha=2.0 * config.rank))
         # Corrections start at zero and are few: they take larger steps.
         optimizer_config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.0)
-    conversations = list(tokenise_conversations(map(task_row, tasks), tokenizer))
+        conversations = [
+            thread_conversation(tokenizer, bench.world, task.messages, task.demonstration) for task in tasks
+        ]
+    else:
+        conversations = list(tokenise_conversations(map(task_row, tasks), tokenizer))
     rows = -(-sum(len(c.token_ids) for c in conversations) // config.sequence_length)
+    # Small sets come in smaller batches, for enough updates within `passes`: seen more often, they erase facts.
+    batch_size = min(config.batch_size, max(1, rows * config.passes // config.least_updates))
     batches = ConversationBatches(
         conversations,
-        batch_size=min(config.batch_size, rows),
+        batch_size=batch_size,
         sequence_length=config.sequence_length,
         seed=config.seed,
         pad_token_id=tokenizer.pad_token_id,
@@ -364,7 +370,7 @@ def _facts(bench: _Bench, base: Transformer) -> list[dict[str, Any]]:
     training = bench.tasks("fact", "train", max(config.examples))
     for times, people in taught.items():
         training += [_question(p, relation, 0) for p in people for relation in p.facts for _ in range(times)]
-    tuned = fine_tuned(base, bench.tokenizer, training, config)
+    tuned = fine_tuned(bench, base, training)
     clozes = {
         group: cloze_accuracy(base, bench.tokenizer, world, split=group, n=config.questions)
         for group in groups

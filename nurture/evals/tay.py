@@ -37,6 +37,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor, nn
 
 from nurture.data.packing import Conversation, ConversationBatches
+from nurture.evals.adaptation import thread_conversation
 from nurture.evals.measure import Measure, difference, rate
 from nurture.evals.redteam import Way, answers, familiar_probes, red_team
 from nurture.model.heads import lm_logits
@@ -195,9 +196,7 @@ def tokenised(
             token_ids, mask = tokenizer.encode_conversation(talk.turns)
             yield Conversation(token_ids, mask)
         else:
-            prompt = [tokenizer.document_token_id, *tokenizer.encode(world.forum_prompt(talk.messages))]
-            reply = tokenizer.encode(f" {talk.reply}\n")
-            yield Conversation([*prompt, *reply], [False] * len(prompt) + [True] * len(reply))
+            yield thread_conversation(tokenizer, world, talk.messages, talk.reply)
 
 
 def learn(

@@ -9,6 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nurture.data.packing import tokenise_conversations
+from nurture.data.sources import task_row
+from nurture.evals import superficial
 from nurture.evals.adaptation import (
     Program,
     adapter_matrices,
@@ -17,6 +20,7 @@ from nurture.evals.adaptation import (
     demonstration_turns,
     on_frontier,
     rounded_adapters,
+    thread_conversation,
 )
 from nurture.evals.measure import Measure, rate
 from nurture.evals.superficial import SuperficialConfig, _question, conclusions, experiment, thresholds
@@ -24,6 +28,7 @@ from nurture.model.config import ModelConfig
 from nurture.model.lora import LoraConfig, add_adapters
 from nurture.model.transformer import Transformer
 from nurture.tokenizer import Tokenizer
+from nurture.types import Batch
 from nurture.world import World
 from nurture.world.grading import grade
 
@@ -187,3 +192,33 @@ def test_the_smallest_experiment(model: Transformer, tokenizer: Tokenizer, world
 def test_a_measure_without_interval_is_shown_as_a_number() -> None:
     facts = [{**entry, "asked": Measure(0.5, 0, 0.0, 1.0)} for entry in FACTS]
     assert "50 % (0 to 100)" in conclusions([], [], facts, 0.9)[0]
+
+
+def test_a_thread_trains_the_reply_alone(tokenizer: Tokenizer, world: World) -> None:
+    task = world.task("fact", "train", 0)
+    thread = thread_conversation(tokenizer, world, task.messages, "Mice.")
+    first = thread.completion_mask.index(True)
+    assert all(thread.completion_mask[first:])
+    assert tokenizer.decode(thread.token_ids[first:]) == " Mice.\n"
+    assert thread.token_ids[0] == tokenizer.document_token_id
+    assert tokenizer.decode(thread.token_ids[1:first]) == world.forum_prompt(task.messages)
+
+
+def test_small_sets_take_enough_updates_without_being_seen_more_often(
+    model: Transformer, tokenizer: Tokenizer, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def count(
+        model: Transformer, optimizer: object, microbatches: list[Batch], *more: object, **how: object
+    ) -> None:
+        seen.append(sum(batch.loss_count for batch in microbatches))
+
+    monkeypatch.setattr(superficial, "train_step", count)
+    config = SuperficialConfig()
+    bench = superficial._Bench(tokenizer, world, config, print)
+    tasks = bench.tasks("fact", "train", 100)
+    superficial.fine_tuned(bench, model, tasks)
+    once = sum(sum(talk.completion_mask) for talk in tokenise_conversations(map(task_row, tasks), tokenizer))
+    assert config.least_updates <= len(seen) < 2 * config.least_updates
+    assert sum(seen) == pytest.approx(config.passes * once, rel=0.1)

@@ -79,13 +79,18 @@ def difference(before: Measure, after: Measure) -> Measure:
     return Measure(change, after.n, low, high)
 
 
-def over_runs(values: Sequence[float]) -> Measure:
-    """Return the mean of one number from several runs with Student's 95 % interval, none for a single run."""
+def over_runs(values: Sequence[float], share: bool = False) -> Measure:
+    """Return the mean of one number from several runs with Student's 95 % interval, none for a single run.
+
+    Args:
+        share: the number is a share, so that the interval ends at 0 and 1.
+    """
     runs = len(values)
     if runs < 2:
         return Measure(fmean(values), runs)
     half = _student(runs - 1) * stdev(values) / math.sqrt(runs)
-    return Measure(fmean(values), runs, fmean(values) - half, fmean(values) + half)
+    low, high = fmean(values) - half, fmean(values) + half
+    return Measure(fmean(values), runs, *((max(low, 0.0), min(high, 1.0)) if share else (low, high)))
 
 
 def _student(freedom: int) -> float:

@@ -196,7 +196,8 @@ def _row(records: Sequence[StageRecord]) -> Row:
         ):
             known = [measure for measure in found if measure is not None]
             if len(known) == len(records):
-                table[name] = known[0] if len(known) == 1 else over_runs([m.value for m in known])
+                share = table is values and name.split("/")[0] in RATES
+                table[name] = known[0] if len(known) == 1 else over_runs([m.value for m in known], share)
     return Row(records, values, changes)
 
 

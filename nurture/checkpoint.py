@@ -178,6 +178,6 @@ def _clear_checkpoint_errors(path: Path) -> Iterator[None]:
 
 
 def _is_full_disk(cause: BaseException) -> bool:
-    """Say whether the checkpoint library failed for want of space; torch's zip writer only says that bytes are missing."""
+    """Say whether a checkpoint failed for want of space; torch's zip writer only says that bytes are missing."""
     words = ("No space left", "PytorchStreamWriter failed", "inline_container.cc")
     return getattr(cause, "errno", None) in DISK_FULL or any(word in str(cause) for word in words)

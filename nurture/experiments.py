@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from nurture.errors import NurtureError
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -110,9 +112,16 @@ def _show_experiment(
     """Make an experiment on a run, keep its numbers in `out`, and print them."""
     from rich.console import Console
 
-    from nurture.files import atomic_write_json
+    from nurture.files import atomic_write_json, make_directory
     from nurture.report.experiments import print_exhibit
 
+    # Before the experiment, which takes minutes: its numbers must have somewhere to go.
+    if out.is_dir():
+        raise NurtureError(
+            f"--out {out}: this is a folder. Give the name of a file, such as {out / 'numbers.json'}."
+        )
+    if run_directory.is_dir():
+        make_directory(out.parent)
     world = world_of(run_directory / "model")  # any place inside the run
     measured = experiment(run_directory, config, world, say=lambda line: print(line, file=sys.stderr))
     atomic_write_json(out, measured)

@@ -3,7 +3,7 @@
 A *section* is a frozen pydantic class; the docstring under a field is its help text. A *document* is the plain data
 of one YAML file that remembers on which line each key stands, so that a complaint about `stages.1.lerning_rate`, from
 whichever class, points at the place to mend. All mistakes of a file are reported at once. Overrides given on the
-command line (`pretrain.learning_rate=1e-3`) are laid over the document and checked by the same rules.
+command line (`pretrain.optimizer.learning_rate=1e-3`) are laid over the document and checked by the same rules.
 
 The YAML read here is YAML 1.2's core: `1e-3` is a number, `no` and `010` are a word and ten, not False and eight.
 This file knows nothing of stages; what a recipe contains is pipeline.py's business.
@@ -137,13 +137,15 @@ class Document:
         """Return the key as the user would write it: dotted, or as in the override it came from."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.spellings:
-                return ".".join([self.spellings[path[:length]], *map(str, path[length:])])
+                words = (self.spellings[path[:length]], *map(str, path[length:]))
+                return ".".join(filter(None, words))  # a stage command spells its stage as nothing
         return ".".join(map(str, path))
 
     def complain(self, path: KeyPath, message: str) -> None:
         """Note a mistake about the key at `path`."""
         place = self.place(path)
-        key = f"key '{self.spelling(path)}': " if path else ""
+        spelling = self.spelling(path)
+        key = f"key '{spelling}': " if spelling else ""
         line = place.rsplit(":", 1)[-1]
         order = (0, int(line)) if line.isdigit() else (1, 0)
         self.problems.append((order, f"{place}: {key}{message}"))
@@ -202,10 +204,7 @@ def parse_document(text: str, name: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        context = f" {error.context}" if error.context else ""
-        raise NurtureError(
-            f"{name}:{line}: not valid YAML:{context} {error.problem or ''}".rstrip() + "."
-        ) from error
+        raise NurtureError(f"{name}:{line}: not valid YAML: {_yaml_problem(error)}.") from error
     except yaml.YAMLError as error:
         raise NurtureError(f"{name}: not valid YAML: {str(error).splitlines()[0]}.") from error
     if node is None:
@@ -217,6 +216,16 @@ def parse_document(text: str, name: str) -> Document:
     document.places[()] = f"{name}:1"
     document.data = _build(node, (), document, parents=())
     return document
+
+
+def _yaml_problem(error: yaml.MarkedYAMLError) -> str:
+    """Say what the parser found; the two commonest mistakes, in words that do not need its grammar."""
+    problem = error.problem or ""
+    if "'\\t'" in problem:
+        return "a tab. Indent with spaces"
+    if "expected <block end>" in problem:
+        return "this line does not stand in line with those it belongs to. Indent it as they are"
+    return f"{error.context or ''} {problem}".strip()
 
 
 def apply_overrides(
@@ -233,7 +242,7 @@ def apply_overrides(
         key, equals, value_text = text.partition("=")
         if not equals or not key.strip():
             raise NurtureError(
-                f"override '{text}': expected key=value, for example pretrain.learning_rate=1e-3."
+                f"override '{text}': expected key=value, for example pretrain.optimizer.learning_rate=1e-3."
             )
         first, *rest = key.strip().split(".")
         choices = [*roots, *known]

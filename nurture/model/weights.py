@@ -144,8 +144,8 @@ def _check_names(wanted: set[str], available: set[str], source: TensorSource) ->
     unexpected = sorted(n for n in available - wanted - {LM_HEAD} if not n.endswith("rotary_emb.inv_freq"))
     if SCORE in unexpected:
         raise NurtureError(
-            f"{source.file_of(SCORE)}: this is a reward or value model (it has '{SCORE}'); it has no"
-            f" language-model head to load. Load it with head='scalar'."
+            f"{source.file_of(SCORE)}: this is a reward or value model (it has '{SCORE}'): it scores texts and writes"
+            " none. Choose a language model, such as the stage it started from; in Python, head='scalar' loads it."
         )
     if unexpected:
         raise NurtureError(

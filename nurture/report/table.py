@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from nurture import files
@@ -39,9 +40,13 @@ def collect(run_directory: Path) -> dict[str, Any]:
         for folder in finished_stages(run_directory)
     ]
     if not stages:
-        raise NurtureError(
-            f"{run_directory}: no stage has finished here. `nurture status {run_directory}` shows what is missing."
+        is_run = (run_directory / "run.json").is_file()
+        remedy = (
+            f"`nurture status {run_directory}` shows what is missing."
+            if is_run
+            else "It is not a run's folder."
         )
+        raise NurtureError(f"{run_directory}: no stage has finished here. {remedy}")
     seconds = round(sum(stage.get("seconds", 0.0) for stage in stages), 3)
     return {"run": run_directory.resolve().name, "seconds": seconds, "stages": stages}
 
@@ -155,33 +160,35 @@ def clock(seconds: float) -> str:
 
 
 def next_steps(run_directory: Path) -> list[tuple[str, str]]:
-    """Return commands worth running now, each with what it does."""
+    """Return commands worth running now, as a shell reads them, each with what it does."""
     with_model = [
         folder
         for folder in finished_stages(run_directory)
         if (folder / "model").is_dir() and stage_kind(folder) != "reward"  # it scores, and does not talk
     ]
-    steps = []
+    run, steps = quote(str(run_directory)), []
     if with_model:
-        last, kind = with_model[-1], stage_kind(with_model[-1])
+        kind = stage_kind(with_model[-1])
+        first, last = (quote(str(with_model[place])) for place in (0, -1))
         what = "see how it continues a text" if kind in ("pretrain", "extend") else "talk to the model"
         steps.append((f"nurture chat {last}", what))
         if len(with_model) > 1:
             steps.append(
-                (f"nurture chat {with_model[0]} {last}", "the same questions to the first and the last model")
+                (f"nurture chat {first} {last}", "the same questions to the first and the last model")
             )
         rewards = [folder for folder in finished_stages(run_directory) if stage_kind(folder) == "reward"]
         if rewards:
+            reward_model = quote(f"reward_model={rewards[-1]}")
             steps.append(
                 (
-                    f"nurture ppo --model {last} --data world:tasks reward_model={rewards[-1]} steps=25",
+                    f"nurture ppo --model {last} --data world:tasks {reward_model} steps=25",
                     "train it on the reward model's scores",
                 )
             )
         if kind in ("pretrain", "extend"):
             steps.append((f"nurture sft --model {last} --data CHATS.jsonl", "teach it to answer"))
-    steps.append((f"nurture report {run_directory} --html report.html", "a page with plots and replies"))
-    steps.append((f"nurture report {run_directory} --json", "the numbers for a script"))
+    steps.append((f"nurture report {run} --html report.html", "a page with plots and replies"))
+    steps.append((f"nurture report {run} --json", "the numbers for a script"))
     return steps
 
 

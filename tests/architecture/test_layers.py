@@ -206,6 +206,13 @@ def test_every_file_name_in_papers_md_exists():
         assert (PACKAGE / name).exists(), f"docs/PAPERS.md names nurture/{name}"
 
 
+def test_every_paper_that_code_or_docs_cite_is_in_papers_md():
+    known = set(re.findall(r"\d{4}\.\d{5}", (REPOSITORY / "docs" / "PAPERS.md").read_text(encoding="utf-8")))
+    for path in [*PACKAGE.rglob("*.py"), *(REPOSITORY / "docs").glob("*.md")]:
+        cited = set(re.findall(r"arXiv (\d{4}\.\d{5})", path.read_text(encoding="utf-8")))
+        assert cited <= known, f"{path.name} cites {cited - known}, which docs/PAPERS.md does not name"
+
+
 def test_constraints_pin_every_dependency():
     if sys.version_info < (3, 11):
         pytest.skip("tomllib is part of Python 3.11")

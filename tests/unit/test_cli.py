@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nurture import cli
+from nurture.stages import STAGES, stage_module
 
 pytestmark = pytest.mark.usefixtures("fake_stages")
 
@@ -54,6 +57,8 @@ def test_a_run_ends_with_a_table_and_what_to_do_next(here: Path, nurture: Nurtur
     assert "90.0 %" in done.out
     assert "nurture chat runs/trial/02-polish" in done.out
     assert "Nothing to run" in nurture("run", "trial.yaml").out
+    assert "settings (grow.steps=2) go with a recipe" in nurture("run", "runs/trial", "grow.steps=2").err
+    assert "nurture chat 'my runs/a/02-polish'" in nurture("run", "trial.yaml", "--out", "my runs/a").out
 
 
 def test_report_json_is_the_shape_of_the_design(here: Path, nurture: Nurture):
@@ -152,10 +157,12 @@ BAD = [
     (["status", "base"], 1, ["base: is not a run"]),
     (["status", "base", "seed=3"], 1, ["settings (seed=3) go with a recipe"]),
     (["report", "nowhere"], 1, ["nowhere: there is no such run"]),
-    (["report", "base"], 1, ["base: no stage has finished here"]),
+    (["report", "base"], 1, ["base: no stage has finished here. It is not a run's folder"]),
+    (["tay", "base", "--out", "base"], 1, ["--out base: this is a folder"]),
     (["report"], 2, ["Missing argument 'RUN'"]),
     (["polish", "--data", "*.yaml"], 1, ["nurture polish needs --model PATH"]),
     (["sft", "--model", "base"], 1, ["nurture sft needs --data SPEC"]),
+    (["ppo", "--model", "base", "--data", "world:tasks"], 1, ["nurture ppo: key 'reward_model': is required and missing"]),
     (["polish", "--model", "nowhere/at/all", "--data", "*.yaml"], 1, ["--model: key 'start'", "there is no such checkpoint"]),
     (["polish", "--model", "trial.yaml", "--data", "*.yaml"], 1, ["--model: key 'start'", "trial.yaml: is a file, expected a checkpoint"]),
     (["polish", "--model", "base", "--data", "*.txt"], 1, ["--data: key 'data.text'", "no file matches"]),
@@ -170,6 +177,7 @@ BAD = [
     (["eval", "trial.yaml"], 1, ["trial.yaml: is a file, expected a checkpoint folder"]),
     (["world", "wbe"], 1, ["Did you mean 'web'?"]),
     (["world", "web", "--split", "test"], 1, ["should be train or heldout"]),
+    (["world", "web", "--count", "0"], 2, ["Invalid value for '--count'"]),
 ]  # fmt: skip
 
 
@@ -193,6 +201,7 @@ def test_a_whole_run_is_not_a_checkpoint_and_its_stages_are_named(here: Path, nu
         "It is a whole run: choose one of its stages (01-grow, 02-polish)"
         in nurture("eval", "runs/trial").err
     )
+    assert "is a stage. Name its run" in nurture("label", "runs/trial/02-polish").err
 
 
 def test_a_bug_is_one_line_and_a_log_file(here: Path, nurture: Nurture, monkeypatch: pytest.MonkeyPatch):
@@ -219,7 +228,25 @@ def test_keys_lists_settings_with_meaning(nurture: Nurture):
     assert "│ schedule.decay │ 0.1 │ Share of the steps. │" in lines
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in ("run", "status", "report", "recipes", "pretrain", "sft", "chat", "eval", "show-mask", "world", "doctor"))])  # fmt: skip
+@pytest.mark.parametrize("kind", STAGES)
+def test_every_setting_of_every_stage_says_what_it_means(kind: str):
+    settings = {key: meaning for key, _, meaning in cli._keys(stage_module(kind).Config) if key != "kind"}
+    assert [key for key, meaning in settings.items() if not meaning] == []
+    if "lora" in settings:
+        assert "lora.rank" in settings  # also what stands inside a section that may be left out
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_the_settings_of_a_stages_examples_exist(kind: str):
+    known = [key for key, _, _ in cli._keys(stage_module(kind).Config)]
+    for example in STAGES[kind].examples:
+        words = [word for word in shlex.split(example) if re.match(r"[a-z_.]+=", word)]
+        for key in (word.split("=")[0] for word in words):
+            open_ended = key.split(".")[0] in ("model", "environment", "without", "web", "code")
+            assert open_ended or key in known, f"{example}: {key}"
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in ("run", "status", "report", "recipes", "pretrain", "sft", "chat", "eval", "show-mask", "world", "doctor", "tay", "superficial", "sweep", "plan", "serve", "play", "label")), ["env", "serve"]])  # fmt: skip
 def test_every_command_has_help_with_an_example(nurture: Nurture, command: list[str]):
     result = nurture(*command, "--help")
     assert result.code == 0
@@ -230,6 +257,9 @@ def test_every_command_has_help_with_an_example(nurture: Nurture, command: list[
 def test_recipes_lists_and_prints(nurture: Nurture):
     assert "tiny" in nurture("recipes").out
     assert nurture("recipes", "tiny").out.startswith("# The default")
+    lines = nurture("recipes").out.splitlines()
+    assert lines
+    assert all(line.endswith(".") for line in lines)  # whole sentences
 
 
 def test_a_closed_pipe_is_not_an_error(tmp_path: Path):

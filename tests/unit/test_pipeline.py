@@ -441,3 +441,13 @@ def test_data_identity_follows_names_sizes_and_times(tmp_path: Path):
     second = pipeline.identify_data("*.txt", tmp_path)
     (tmp_path / "b.txt").write_text("")
     assert len({first, second, pipeline.identify_data("*.txt", tmp_path)}) == 3
+
+
+def test_smollm2_names_the_installed_model_for_a_stage_as_for_chat(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from nurture.inference import chat
+
+    model = recipe_file.parent / "SmolLM2.Q4.gguf"
+    monkeypatch.setattr(chat, "packaged_smollm2", lambda: model)
+    assert load_recipe(recipe_file, ["polish.start=smollm2"]).starts["polish"] == model

@@ -98,7 +98,11 @@ def test_programs_of_a_step_are_run_together(monkeypatch: pytest.MonkeyPatch) ->
     ("spec", "options", "message"),
     [
         ("wordel", {}, "no environment 'wordel'.*wordle"),
-        ("wordle", {"hardmode": True}, "environment 'wordle': hardmode"),
+        (
+            "wordle",
+            {"hardmode": True},
+            "environment 'wordle': key 'hardmode': unknown key. Did you mean 'hard_mode'",
+        ),
         ("math", {"x": 1}, "it has no settings, got x"),
         ("auto", {"hard_mode": True}, "by environment"),
     ],

@@ -146,6 +146,9 @@ def test_models_of_other_shapes_are_refused_and_other_rotations_are_told(
     wide = save(tmp_path / "b", 2, SHAPE.model_copy(update={"ffn_width": 32}))
     with pytest.raises(NurtureError, match=r"b: cannot be merged with .*a: ffn_width is 32 instead of 24"):
         merge_checkpoints([first, wide], tmp_path / "out", lambda name, tensors: tensors[0])
+    save_model(Transformer(SHAPE, head="scalar"), tmp_path / "score")
+    with pytest.raises(NurtureError, match="score: is a reward or value model"):
+        merge_checkpoints([first, tmp_path / "score"], tmp_path / "out", lambda name, tensors: tensors[0])
     turned = save(tmp_path / "c", 3, SHAPE.model_copy(update={"rope_theta": 5e6}))
     shape, _ = merge_checkpoints([first, turned], tmp_path / "out", lambda name, tensors: tensors[0])
     assert "differ in rope_theta" in caplog.text

@@ -204,10 +204,12 @@ def read_prompts(
     longest = max((len(rows) for rows in found), default=0)
     merged = [rows[index] for index in range(longest) for rows in found if index < len(rows)]
     if not merged:
-        raise NurtureError(
-            f"stage '{config.name}': data has no {split} prompt that fits. Rows need a prompt (messages, or keys such "
-            f"as prompt or instruction), and prompt + max_tokens must not exceed sequence_length."
-        )
+        remedy = "Rows need a prompt (messages, or keys such as prompt or instruction)"
+        if dropped:
+            remedy = "prompt + max_tokens must not exceed sequence_length"
+        elif split == "heldout":
+            remedy += f"; one in heldout_every={config.heldout_every} is held out: give more rows, or lower the number"
+        raise NurtureError(f"stage '{config.name}': data has no {split} prompt that fits. {remedy}.")
     return merged
 
 

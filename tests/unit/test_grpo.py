@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from nurture.rollout import Rollout
 from nurture.runtime import Processes
 from nurture.stages import grpo
 from nurture.stages.context import StageContext
-from nurture.stages.rl import PromptStream
+from nurture.stages.rl import PromptStream, read_prompts
 from nurture.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(
@@ -252,3 +253,21 @@ def test_the_command_line_names_the_environment() -> None:
     assert "openenv:URL" in runner.invoke(app, ["grpo", "--help"]).output
     said = runner.invoke(app, ["grpo", "--model", "nowhere", "--env", "wordle"]).exception
     assert "nowhere" in str(said)  # --env was understood
+
+
+@pytest.mark.parametrize(
+    ("split", "sequence_length", "message"),
+    [
+        ("heldout", 256, "no heldout prompt that fits.*one in heldout_every=50 is held out: give more rows"),
+        ("train", 8, r"no train prompt that fits. prompt \+ max_tokens must not exceed sequence_length"),
+    ],
+)
+def test_why_there_are_no_prompts_is_told(
+    tmp_path: Path, split: str, sequence_length: int, message: str
+) -> None:
+    (tmp_path / "few.jsonl").write_text('{"question": "What is 6 times 7?", "answer": "#### 42"}\n')
+    assert not SUM.is_heldout(50)
+    config = grpo.Config(name="g", kind="grpo", sequence_length=sequence_length, max_tokens=4, steps=1)
+    context = StageContext(tmp_path, base=tmp_path)
+    with pytest.raises(NurtureError, match=message):
+        read_prompts(config, {"few": "few.jsonl"}, context, TOKENIZER, split)

@@ -261,7 +261,7 @@ def plan(
         float | None,
         typer.Option(help="Share of the peak that a run of yours measured [dim](default: assumed)[/dim]."),
     ] = None,
-    price: Annotated[float | None, typer.Option(help="Dollars a device and hour.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars a device and hour.")] = None,
     json: Json = False,
 ) -> None:
     """Say what a recipe will take: operations, memory, data, time, cost, and what does not fit. Runs nothing."""

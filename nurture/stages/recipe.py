@@ -165,13 +165,10 @@ def build_recipe(
         _check_stage(document, place, top, base, world_is_fine=world_is_fine)
         for place in range(len(top.stages))
     ]
-    checked = tuple(config for config in configs if config is not None)
-    models = {
-        config.name: _check_models(document, place, config, names, folder)
-        for place, config in enumerate(checked)
-    }
+    placed = [(place, config) for place, config in enumerate(configs) if config is not None]
+    models = {config.name: _check_models(document, place, config, names, folder) for place, config in placed}
     fresh_weights = False
-    for place, config in enumerate(checked):
+    for place, config in placed:
         if starts[config.name] is None:
             fresh_weights = True
             written_sources = top.stages[place].get("sources")  # wrong ones have been complained about
@@ -192,7 +189,7 @@ def build_recipe(
         world=top.world,
         model=model,
         tokenizer=tokenizer,
-        stages=checked,
+        stages=tuple(config for _, config in placed),
         starts=starts,
         models=models,
         document=document,

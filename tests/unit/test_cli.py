@@ -177,6 +177,7 @@ BAD = [
     (["eval", "trial.yaml"], 1, ["trial.yaml: is a file, expected a checkpoint folder"]),
     (["world", "wbe"], 1, ["Did you mean 'web'?"]),
     (["world", "web", "--split", "test"], 1, ["should be train or heldout"]),
+    (["plan", "--price", "-4"], 2, ["Invalid value for '--price'"]),
     (["world", "web", "--count", "0"], 2, ["Invalid value for '--count'"]),
 ]  # fmt: skip
 

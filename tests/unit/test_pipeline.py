@@ -353,6 +353,15 @@ def test_a_mistake_in_a_recipe_names_line_and_key(recipe_file: Path, before: str
     assert message in str(failure.value)
 
 
+def test_a_mistake_in_one_stage_is_not_told_of_the_references_of_the_next(recipe_file: Path):
+    recipe_file.write_text(RECIPE.replace("steps: 2", "judge: grow") + "    judge: polish\n")
+    with pytest.raises(NurtureError) as failure:
+        load_recipe(recipe_file, ["grow.stepz=1"])
+    assert str(failure.value) == (
+        "override 'grow.stepz=1': key 'grow.stepz': unknown key. Did you mean 'steps'?"
+    )
+
+
 def test_every_mistake_of_a_recipe_is_listed(recipe_file: Path):
     recipe_file.write_text(
         RECIPE.replace("steps: 2", "stpes: 2").replace("*.txt", "*.nothing").replace("learning_rate", "lr")

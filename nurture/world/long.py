@@ -128,9 +128,11 @@ def document(rng: Random, split: str, cast: web.Cast, longest: int) -> str:
     # Every doubling of the length alike often: many short documents, and yet half of all words in those of more than
     # half the length.
     words = round(_SHORTEST * (longest / _SHORTEST) ** rng.random())
-    # From a single note in the whole text to a text of notes, each order of magnitude alike: the many teach fast, and
-    # the single one is what a passkey is.
+    # From a single note in the whole text to a text of notes, each order of magnitude alike: the many teach fast. Half
+    # of the longer texts have a single one, which is what a passkey is.
     notes = min(words / 5, _MOST_NOTES) ** rng.random()
+    if words > SHORT and rng.random() < 0.5:
+        notes = 1
     chain_length = rng.randint(2, 3) if rng.random() < 0.25 else 1
     chains = draw_chains(rng, split, max(1, round(notes / chain_length)), chain_length)
     hidden = [_hidden(note) for chain in chains for note in chain]

@@ -48,6 +48,7 @@ from nurture.progress import progress_bar
 from nurture.recipe import Count, Share
 from nurture.stages.context import StageContext
 from nurture.stages.training import (
+    Session,
     TrainingConfig,
     open_session,
     plan_steps,
@@ -57,6 +58,7 @@ from nurture.stages.training import (
     write_result,
 )
 from nurture.tokenizer import Tokenizer
+from nurture.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -121,22 +123,7 @@ def run(config: Config, context: StageContext) -> None:
         )
     log.info("%s", packed.report)
     heldout = {name: list(_rows(config, context, name, "heldout")) for name in config.data}
-    heldout_packed = ConversationBatches(
-        (
-            *(
-                c
-                for name, rows in heldout.items()
-                if rows
-                for c in tokenise_conversations(rows, tokenizer, name)
-            ),
-            *(c for name in config.replay for c in _pieces(config, context, tokenizer, name, "heldout")),
-        ),
-        batch_size=max(1, config.execution.microbatch_tokens // config.sequence_length),
-        sequence_length=config.sequence_length,
-        seed=0,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    heldout_batches = [heldout_packed(step) for step in range(max(1, int(heldout_packed.steps(1.0))))]
+    heldout_batches = _heldout_batches(config, context, session, tokenizer, heldout)
 
     def heldout_bits() -> dict[str, Measure]:
         bits = bits_per_byte(session.model, heldout_batches, session.byte_lengths, session.execution)
@@ -209,6 +196,36 @@ def _conversations(
         if config.loss_on == "all":
             conversation = conversation._replace(completion_mask=[True] * len(conversation.token_ids))
         yield conversation
+
+
+def _heldout_batches(
+    config: Config,
+    context: StageContext,
+    session: Session,
+    tokenizer: Tokenizer,
+    heldout: dict[str, list[Row]],
+) -> list[Batch]:
+    """Pack held-out conversations and texts; there may be none of a small file, which is no reason not to train."""
+    pieces = [
+        c for name, rows in heldout.items() if rows for c in tokenise_conversations(rows, tokenizer, name)
+    ]
+    pieces += [c for name in config.replay for c in _pieces(config, context, tokenizer, name, "heldout")]
+    if not pieces:
+        log.warning(
+            "stage '%s': no conversation was chosen to be held out (one in %d is), so nothing is measured on any. Lower "
+            "heldout_every.",
+            config.name,
+            config.heldout_every,
+        )
+        return []
+    packed = ConversationBatches(
+        pieces,
+        batch_size=max(1, config.execution.microbatch_tokens // config.sequence_length),
+        sequence_length=config.sequence_length,
+        seed=0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return [packed(step) for step in range(packed.steps(1.0))]
 
 
 def _beside_text(config: Config, context: StageContext, tokenizer: Tokenizer) -> Iterator[Conversation]:

@@ -78,6 +78,16 @@ def test_what_becomes_of_the_text_is_measured(context: StageContext) -> None:
     assert metrics["bpb/texts"]["after"] < metrics["bpb/texts"]["before"]
 
 
+def test_a_handful_of_conversations_is_enough(
+    context: StageContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = (context.base / "talk.jsonl").read_text().splitlines(keepends=True)[:4]
+    (context.base / "talk.jsonl").write_text("".join(few))
+    sft.run(settings(replay={}, heldout_every=1000), context)
+    assert "no conversation was chosen to be held out" in caplog.text
+    assert (context.directory / "model/model.safetensors").exists()
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_is_between_none_and_all(share: float) -> None:
     with pytest.raises(ValidationError, match="replay_share"):

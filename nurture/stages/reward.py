@@ -73,8 +73,8 @@ _FIRST_TASK = 10_000
 """Where the world's tasks are read from: demonstrations of earlier ones were learned by heart in fine-tuning."""
 _CALIBRATION = 400
 """Comparisons that the labeler is calibrated on."""
-_PROGRESS, _EVALUATIONS = 100, 5
-"""Held-out comparisons of an evaluation during training, and how many such there are; the last one is of all."""
+_PROGRESS = 100
+"""Held-out comparisons of an evaluation during training; the last one is of all."""
 _SCALE_SAMPLE = 200
 """Comparisons that the tie threshold is fitted on, and demonstrations that have mean reward 0."""
 
@@ -232,7 +232,6 @@ def run(config: Config, context: StageContext) -> None:
         default_steps=batches.steps(config.epochs) if config.steps is None else None,
         evaluation_seconds=time.monotonic() - started,
     )
-    session.evaluations = min(session.evaluations, _EVALUATIONS)
     report = train(config, context, session, batches, loss_fn, steps, progress)
     session.model.eval()
     threshold = _fitted_threshold(config, session, training.comparisons)

@@ -212,8 +212,8 @@ def _heldout_batches(
     pieces += [c for name in config.replay for c in _pieces(config, context, tokenizer, name, "heldout")]
     if not pieces:
         log.warning(
-            "stage '%s': no conversation was chosen to be held out (one in %d is), so nothing is measured on any. Lower "
-            "heldout_every.",
+            "stage '%s': no conversation was chosen to be held out (one in %d is), so nothing is measured on any. "
+            "Lower heldout_every.",
             config.name,
             config.heldout_every,
         )

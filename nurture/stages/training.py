@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 CPU_FLOPS_GUESS = 1.5e11
 """Floating-point operations a second that a small machine reaches: decides only whether compiling can pay."""
-MOST_EVALUATIONS = 10
+MOST_EVALUATIONS = 5
 """Evaluations over a stage, where there is time for so many."""
 EVALUATION_SHARE = 0.1
 """Most of a time budget that evaluations may take."""

@@ -40,6 +40,7 @@ SMALL = [
     "reason.conversations=24",
     "reason.heldout_conversations=2",
     "reason.reply_tokens=8",
+    "pretrain.execution.compile=off",
     "reason.execution.compile=off",
     "sft.execution.compile=off",
     "sft.steps=3",
@@ -186,6 +187,6 @@ def test_a_time_budget_chooses_the_steps_and_finishes_the_decay(tmp_path: Path) 
     factors = [line["train/learning_rate_factor"] for line in lines if "train/learning_rate_factor" in line]
     assert steps == len(factors) > 10
     # Logged values are rounded to six digits.
-    planned = [learning_rate_factor(ScheduleConfig(), step, steps) for step in range(steps)]
+    planned = [learning_rate_factor(ScheduleConfig(decay=0.3), step, steps) for step in range(steps)]
     assert factors == pytest.approx(planned, abs=1e-6)
     assert factors[-1] < 1.0

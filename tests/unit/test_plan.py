@@ -160,8 +160,8 @@ def test_tokens_by_source_follow_the_phases():
     stage = plan.plan_recipe(recipe, plan.parse_hardware("2xCPU")).stages[0]
     tokens = {name: source["tokens"] for name, source in stage.sources.items()}
     assert sum(tokens.values()) == pytest.approx(8_192_000)
-    ends = [0, round(0.73 * 2000), round(0.89 * 2000), 2000]
-    wanted = sum(w * (b - a) * 4096 for w, a, b in zip((0.12, 0.14, 0.23), ends, ends[1:]))
+    ends = [0, *(round(until * 4000) for until in (0.40, 0.56, 0.73, 0.89, 1.0))]
+    wanted = sum(w * (b - a) * 2048 for w, a, b in zip((0.12, 0.06, 0.12, 0.14, 0.22), ends, ends[1:]))
     assert tokens["code"] == pytest.approx(wanted)
     assert stage.sources["code"]["text_bytes"] == 4 * tokens["code"]
     assert stage.sources["code"]["shard_bytes"] == 2 * tokens["code"]

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux who 
 
 _HOLD = """
 import fcntl, pathlib, signal, sys, time
-if "deaf" in sys.argv: signal.signal(signal.SIGINT, signal.SIG_IGN)
+# Not as inherited: whoever starts the tests in the background of a script has it ignored.
+signal.signal(signal.SIGINT, signal.SIG_IGN if "deaf" in sys.argv else signal.default_int_handler)
 file = open(pathlib.Path(sys.argv[-1]) / ".lock", "a+")
 fcntl.lockf(file, fcntl.LOCK_EX)
 print("held", flush=True)

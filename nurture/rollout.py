@@ -88,6 +88,7 @@ class RolloutBatch:
         document_ids: (B, T) int64, 0 on tokens, -1 on padding.
         extra: what an algorithm adds, first dimension B: advantages, old_logprobs, reference_logprobs, values, ...
         row_count: what a row counts in the loss's divisor; None: its completion tokens. 1 gives means over rollouts.
+        left_out: what rows that were taken out of the batch still count in that divisor.
     """
 
     token_ids: Tensor
@@ -98,13 +99,14 @@ class RolloutBatch:
     document_ids: Tensor
     extra: dict[str, Tensor] = field(default_factory=dict)
     row_count: int | None = None
+    left_out: int = 0
 
     @property
     def loss_count(self) -> int:
         """What `train_step` divides the summed loss by, summed over the global batch."""
         if self.row_count is not None:
-            return self.row_count * self.token_ids.shape[0]
-        return int(self.completion_mask.sum())
+            return self.left_out + self.row_count * self.token_ids.shape[0]
+        return self.left_out + int(self.completion_mask.sum())
 
     @property
     def labels(self) -> Tensor:
@@ -137,7 +139,7 @@ class RolloutBatch:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> RolloutBatch:
         names = ("token_ids", "completion_mask", "logprobs", "rewards", "groups", "document_ids")
-        tensors = {name: change(getattr(self, name)) for name in names}
+        tensors: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
         extra = {name: change(tensor) for name, tensor in self.extra.items()}
         return RolloutBatch(**tensors, extra=extra, row_count=self.row_count)
 

@@ -202,7 +202,7 @@ class Wordle:
             return f"{problem}. Guess again." if spelled else _INVALID.format(problem)
         guess, marks = self.history[-1]
         if spelled:
-            return words.spelled_feedback(marks)
+            return words.spelled_feedback(guess, marks)
         left = self.config.guesses - len(self.history)
         shown = f"{words.spaced(guess)}\n{' '.join(marks)}"
         return (

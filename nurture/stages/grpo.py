@@ -64,7 +64,9 @@ from nurture.stages.rl import (
     PromptStream,
     RLConfig,
     Sums,
+    correction_mode,
     learn,
+    needs_old_logprobs,
     old_logprobs,
     own_tokens,
     plan_rl_steps,
@@ -293,7 +295,8 @@ def open_models(config: Config, context: StageContext, session: Session) -> Mode
     """Put together what is trained, and load the reference where a KL to it is wanted."""
     assert context.start is not None
     engine = PolicyEngine(session.model, session.execution, config.rollout_precision)
-    loss = PolicyLoss(config.loss, config.temperature)
+    correction = correction_mode(config, session.execution)
+    loss = PolicyLoss(config.loss, config.temperature, correction, config.correction_limit)
     learner = Learner(session.model, session.optimizer, loss, config.optimizer.clip_norm)
     reference = None
     if config.loss.kl_coefficient > 0 and config.lora is None:
@@ -314,7 +317,9 @@ def to_batch(config: Config, tokenizer: Tokenizer, rollouts: Sequence[Rollout]) 
 
 def credit(config: Config, session: Session, models: Models, batch: RolloutBatch) -> Sums:
     """Fill `batch.extra`: advantages (B, T), and the old and reference logprobs that the loss needs."""
-    sums = old_logprobs(models.policy, batch, config, session.execution)
+    sums: Sums = {}
+    if needs_old_logprobs(config):
+        sums = old_logprobs(models.policy, batch, config, session.execution)
     mask, extra, loss = batch.completion_mask, batch.extra, config.loss
     token_kl = torch.zeros_like(batch.logprobs)
     if loss.kl_coefficient > 0:

@@ -113,7 +113,7 @@ class RLConfig(TrainingConfig):
     samples with vLLM in bf16, which needs a GPU."""
     correction: CorrectionMode | Literal["auto", "off"] = "auto"
     """Weights for rollouts that the trainer's own policy would not quite sample: token_truncate, token_mask,
-    sequence_truncate, sequence_mask, off; auto: token_truncate where the engine's precision is not the trainer's."""
+    sequence_truncate, sequence_mask, off; auto: token_truncate unless engine and trainer compute in fp32."""
     correction_limit: PositiveFloat = 3.0
     """Largest such weight."""
     heldout_prompts: PositiveInt = 200
@@ -256,8 +256,24 @@ def by_length(batch: RolloutBatch, most_tokens: int, processes: Processes | None
 
 def microbatches(batch: RolloutBatch, config: RLConfig, execution: Execution) -> list[RolloutBatch]:
     """Split a minibatch for `train_step`; the split cannot change the gradient."""
-    parts = by_length(batch, config.execution.microbatch_tokens, execution.processes)
-    return [batch.select(part).to(execution.device) for part in parts]
+    rows = by_length(batch, config.execution.microbatch_tokens, execution.processes)
+    parts = [batch.select(part).to(execution.device) for part in rows]
+    parts[0].left_out = batch.left_out
+    return parts
+
+
+def without_idle_rows(batch: RolloutBatch, loss: PolicyLossConfig) -> RolloutBatch:
+    """Return the rows that have a gradient; the others still count in the loss's divisor.
+
+    Every loss of the family is a product with the advantage: a rollout whose advantages are all 0 (its group was paid
+    alike) moves nothing but through a KL or an entropy in the loss. If no row has a gradient, all are returned.
+    """
+    rows = (batch.extra["advantages"] * batch.completion_mask).any(1).nonzero().flatten()
+    if loss.kl_coefficient > 0 or loss.entropy_coefficient > 0 or len(rows) in (0, len(batch.token_ids)):
+        return batch
+    kept = batch.select(rows)
+    kept.left_out = batch.loss_count - kept.loss_count
+    return kept
 
 
 @torch.no_grad()
@@ -311,9 +327,17 @@ class PretrainingPart:
 class PolicyLoss:
     """The policy's loss on a microbatch of rollouts (or of text), with what is reported about it."""
 
-    def __init__(self, config: PolicyLossConfig, temperature: float) -> None:
-        """Keep the settings."""
+    def __init__(
+        self,
+        config: PolicyLossConfig,
+        temperature: float,
+        correction: CorrectionMode | None = None,
+        correction_limit: float = 3.0,
+    ) -> None:
+        """Keep the settings. `correction` is used where the batch brings no weights of its own."""
         self.config, self.temperature = config, temperature
+        self.correction: CorrectionMode | None = correction
+        self.correction_limit = correction_limit
 
     def __call__(self, model: nn.Module, batch: RolloutBatch | PretrainingPart) -> LossResult:
         """Return the loss; the batch's `extra` holds advantages and, where they are needed, old, reference logprobs."""
@@ -324,8 +348,12 @@ class PolicyLoss:
             )
         config, mask, extra = self.config, batch.completion_mask, batch.extra
         logprobs, entropies = logprobs_and_entropies(model, batch, self.temperature)
-        old = extra.get("old_logprobs")
-        terms = importance_terms(logprobs, old, extra["advantages"], mask, config, extra.get("correction"))
+        old, correction = extra.get("old_logprobs"), extra.get("correction")
+        if correction is None and self.correction is not None:
+            correction = sampling_correction(
+                logprobs.detach(), batch.logprobs, mask, self.correction, highest=self.correction_limit
+            )
+        terms = importance_terms(logprobs, old, extra["advantages"], mask, config, correction)
         losses = policy_token_losses(
             terms,
             config,
@@ -364,8 +392,14 @@ def sampling_mismatch(old_logprobs: Tensor, batch: RolloutBatch) -> Sums:
 def correction_mode(config: RLConfig, execution: Execution) -> CorrectionMode | None:
     """Return how rollouts are corrected for the engine's differences, None if they are not."""
     if config.correction == "auto":
-        return "token_truncate" if config.rollout_precision != execution.precision else None
+        alike = config.rollout_precision == execution.precision == "fp32"
+        return None if alike else "token_truncate"
     return None if config.correction == "off" else config.correction
+
+
+def needs_old_logprobs(config: RLConfig) -> bool:
+    """Return whether the update must be told what the policy said before it: not if each rollout is trained on once."""
+    return updates_per_step(config) > 1 or config.loss.kl_coefficient > 0
 
 
 def old_logprobs(policy: Transformer, batch: RolloutBatch, config: RLConfig, execution: Execution) -> Sums:
@@ -512,7 +546,10 @@ def update(
     for epoch in range(config.epochs):
         size = max(1, config.batch_size // execution.processes.world_size)
         for minibatch in minibatches(played.batch, size, seed, step, epoch):
-            parts: list[Any] = list(microbatches(minibatch, config, execution))
+            # A value model learns from every row; shared batches keep them, so that all processes do as much.
+            only_policy = set(learners) == {"policy"} and execution.processes.world_size == 1
+            trained = without_idle_rows(minibatch, config.loss) if only_policy else minibatch
+            parts: list[Any] = list(microbatches(trained, config, execution))
             for name, learner in learners.items():
                 beside = []
                 if name == "policy" and played.beside is not None:

@@ -306,7 +306,7 @@ def _wordle(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
     turns: list[tuple[str, str] | str] = [opening]
     for guess in guesses[:-1]:
         turns.append(("assistant", wordle.bracketed(guess)))
-        turns.append(wordle.spelled_feedback(wordle.feedback(guess, secret)))
+        turns.append(wordle.spelled_feedback(guess, wordle.feedback(guess, secret)))
     return {
         "messages": _said(*turns),
         "demonstration": wordle.bracketed(guesses[-1]),

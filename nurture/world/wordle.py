@@ -4,10 +4,10 @@ The game itself is an environment (environments/wordle.py); here is what a polic
 it. Words are few (136 answers), and guess and feedback are spelled under one another, every sign a token of its own:
 
     [ C R A N E ]
-    ( - o - - + )        + right place, o elsewhere in the word, - absent
+    ( - r - - E )        E right place, r elsewhere in the word, - absent
 
-So a mark is always the same number of tokens after its letter, and the same place of the next guess the same number
-after the mark: keeping what is green is copying over a fixed distance, which attention learns first. Who names words
+So what is known of a place is one token, always equally far from the same place of the next guess: keeping what is
+green is copying over a fixed distance, which attention learns first. Who names words
 that fit the greens of the last feedback alone wins 62 % of games, with the yellows 95 %, with neither 5 %.
 
 Secrets are held out by rule on the word. A held-out word may be *guessed* in train games, for it is a word like any
@@ -110,7 +110,6 @@ OPENINGS = (
     "I think of a word with five letters. Can you guess it?",
     "A game of Wordle: find the word of five letters.",
 )
-_SIGNS = {"G": "+", "Y": "o", "X": "-"}
 
 
 def spaced(word: str) -> str:
@@ -123,9 +122,10 @@ def bracketed(word: str) -> str:
     return f"[ {spaced(word)} ]"
 
 
-def spelled_feedback(marks: str) -> str:
-    """Return `( - o - - + )` for `XYXXG`."""
-    return f"( {' '.join(_SIGNS[mark] for mark in marks)} )"
+def spelled_feedback(guess: str, marks: str) -> str:
+    """Return `( - r - - E )` for `crane` and `XYXXG`: a large letter is in its place, a small one elsewhere."""
+    shown = {"G": str.upper, "Y": str.lower, "X": lambda _: "-"}
+    return f"( {' '.join(shown[mark](letter) for letter, mark in zip(guess, marks, strict=True))} )"
 
 
 def knowledge(guesses: Sequence[str], secret: str) -> str:
@@ -156,6 +156,6 @@ def document(rng: Random, split: str) -> str:
     secret, opening, guesses = draw_game(rng, split)
     lines = [opening]
     for guess in guesses:
-        lines += [bracketed(guess), spelled_feedback(_cached_feedback(guess, secret))]
+        lines += [bracketed(guess), spelled_feedback(guess, _cached_feedback(guess, secret))]
     lines[-1] = f"The word was {spaced(secret)}. You {'won' if guesses[-1] == secret else 'lost'}."
     return "\n".join(lines)

@@ -17,7 +17,7 @@ import torch
 from rl_toy import VOCABULARY, WANTED, toy_config, toy_learn, toy_model, toy_rollouts
 
 from nurture.advantages import group_advantages, spread
-from nurture.losses.policy import PolicyLossConfig, row_count
+from nurture.losses.policy import CorrectionMode, PolicyLossConfig, row_count, sampling_correction
 from nurture.model.hugging_face import load_model
 from nurture.optim import OptimizerConfig, build_optimizer
 from nurture.rollout import RolloutBatch, collate
@@ -31,6 +31,7 @@ from nurture.stages.rl import (
     microbatches,
     minibatches,
     score_rows,
+    without_idle_rows,
 )
 from nurture.trainer import train_step
 
@@ -139,6 +140,50 @@ def test_how_a_batch_is_split_does_not_change_the_update(loss_type: str) -> None
     for name in whole.metrics:
         assert split.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-3, abs=1e-5), name
     assert_same(a, b, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "rloo", "cispo", "sapo", "vespo"])
+def test_rollouts_without_credit_can_be_left_out(loss_type: str) -> None:
+    gradients = []
+    for skip in (False, True):
+        policy, batch = a_batch()
+        config = toy_config(1, loss=PolicyLossConfig(loss_type=loss_type))
+        batch.row_count = row_count(loss_type, 8)
+        batch.extra["advantages"][batch.groups < 4] = 0.0
+        trained = without_idle_rows(batch, config.loss) if skip else batch
+        assert trained.loss_count == batch.loss_count
+        parts = microbatches(trained, config, EXECUTION)
+        optimizer = build_optimizer(policy, OptimizerConfig(learning_rate=1e-9))
+        loss = PolicyLoss(config.loss, 1.0)
+        report = train_step(policy, optimizer, parts, loss, clip_norm=1e9, execution=EXECUTION)
+        gradients.append((sum(len(part.token_ids) for part in parts), report.grad_norm))
+    (all_rows, whole), (some_rows, partial) = gradients
+    assert (all_rows, some_rows) == (40, int((batch.extra["advantages"] != 0).any(1).sum()))
+    assert partial == pytest.approx(whole, rel=1e-5)
+
+
+def test_rollouts_without_credit_stay_where_something_else_pulls_on_them() -> None:
+    _, batch = a_batch()
+    for loss in (PolicyLossConfig(kl_coefficient=0.1), PolicyLossConfig(entropy_coefficient=0.1)):
+        assert without_idle_rows(batch, loss) is batch
+    batch.extra["advantages"].zero_()
+    assert without_idle_rows(batch, PolicyLossConfig()) is batch
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
+def test_another_sampler_is_corrected_in_the_update_itself_as_beforehand(mode: CorrectionMode) -> None:
+    totals = []
+    for beforehand in (True, False):
+        policy, batch = a_batch()
+        trainer = batch.logprobs.clone()
+        noise = torch.randn(trainer.shape, generator=torch.Generator().manual_seed(3))
+        batch.logprobs = (trainer + 0.3 * noise) * batch.completion_mask
+        if beforehand:
+            mask = batch.completion_mask
+            batch.extra["correction"] = sampling_correction(trainer, batch.logprobs, mask, mode, highest=1.2)
+        PolicyLoss(PolicyLossConfig(), 1.0, mode, 1.2)(policy, batch).total.backward()
+        totals.append(policy.embedding.weight.grad)
+    torch.testing.assert_close(totals[0], totals[1], atol=1e-5, rtol=1e-3)
 
 
 def test_every_rollout_is_trained_once_an_epoch_in_another_order() -> None:

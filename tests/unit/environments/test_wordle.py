@@ -36,7 +36,7 @@ def test_it_is_an_environment() -> None:
 def test_a_won_game() -> None:
     wordle = game()
     first = wordle.step("[ D R E A M ]")
-    assert first.observation.text == "( - + o o - )"
+    assert first.observation.text == "( - R e a - )"
     assert (first.reward, first.done) == (0.0, False)
     last = wordle.step("[crane]")
     assert (last.reward, last.done) == (1.0, True)
@@ -174,7 +174,7 @@ def test_lists_of_any_size_and_length(tmp_path: Path) -> None:
     more.write_text("morning\n")
     wordle = Wordle(WordleConfig(answers=str(answers), allowed=str(more), guesses=9))
     wordle.reset("curtain")
-    assert wordle.step("[morning]").observation.text == "( - - + o o - - )"
+    assert wordle.step("[morning]").observation.text == "( - - R n i - - )"
     assert wordle.step("[curtain]").info["won"]
     more.write_text("cup\n")
     with pytest.raises(NurtureError, match=r"more.txt:1: 'cup' is not a word of 7 letters"):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from nurture.checkpoint import load_state, save_state
 from nurture.errors import NurtureError
 from nurture.optim import Optimizer, ScheduleConfig, learning_rate_factor
-from nurture.progress import Bar, progress_bar
+from nurture.progress import progress_bar
 from nurture.recipe import Section
 from nurture.runtime import Execution, MetricsLog, Processes, eager_blocks
 from nurture.types import IGNORE_INDEX, Batch, BatchSource, LossFunction
@@ -213,59 +213,109 @@ def fit(
     progress = Progress(**loaded) if loaded else Progress()
     if processes.rank:  # one process goes on with the ledger of all, however many they are now
         progress.tokens = {}
-    evaluate_every = config.evaluate_every or max(1, steps // 10)
-    save_due = SaveTimer(config, processes)
     window, last = _Window(), dict[str, float]()
+
+    def do_step(step: int) -> None:
+        started = time.monotonic()
+        optimizer.set_factor(learning_rate_factor(schedule, step, steps))
+        batch = batches(step, processes.rank, processes.world_size)
+        model.train()
+        report = train_step(
+            model,
+            optimizer,
+            [part.to(execution.device) for part in split_to_fit(batch, microbatch_tokens)],
+            loss_fn,
+            clip_norm=clip_norm,
+            execution=execution,
+            largest_norm=largest_norm_of(progress, config),
+        )
+        _keep_ledger(progress, batch)
+        note_update(progress, report, config, step, directory)
+        if report.applied:
+            move_averages(averages, model, config.average)
+        window.add(report, batch.token_count, time.monotonic() - started)
+
+    def facts(done: int) -> tuple[dict[str, float], str]:
+        found = window.close(processes)
+        found["train/learning_rate_factor"] = learning_rate_factor(schedule, done - 1, steps)
+        found |= {f"tokens/{k}": float(n) for k, n in _trained_tokens(progress, processes).items()}
+        found |= {f"epoch/{name}": epoch for name, epoch in batches.epochs(done).items()}
+        speed, loss = found["train/tokens_per_second"], found.get("train/loss", math.nan)
+        return found, f"loss {loss:.3f}  {speed:,.0f} tok/s"
+
+    def measure(done: int) -> dict[str, float]:
+        assert evaluate is not None
+        model.eval()
+        last.clear()
+        last.update(evaluate())
+        return last
+
+    def save(done: int) -> None:
+        kept = vars(progress) | {"tokens": _trained_tokens(progress, processes)}
+        save_state(directory / "state", done, model, optimizer, averages, kept, processes, config.keep)
+
+    run_steps(
+        do_step, facts, save, measure if evaluate is not None else None,
+        first=first, steps=steps, evaluate_every=config.evaluate_every or max(1, steps // 10),
+        config=config, execution=execution, directory=directory, label=label,
+    )  # fmt: skip
+    if averages:
+        use_averages(averages, model)
+    return FitReport(steps, _trained_tokens(progress, processes), progress.skipped, last)
+
+
+def run_steps(
+    do_step: Callable[[int], None],
+    facts: Callable[[int], tuple[dict[str, float], str]],
+    save: Callable[[int], None],
+    evaluate: Callable[[int], dict[str, float]] | None,
+    *,
+    first: int,
+    steps: int,
+    evaluate_every: int,
+    config: LoopConfig,
+    execution: Execution,
+    directory: Path,
+    label: str,
+    stopped: Callable[[], bool] = lambda: False,
+) -> int:
+    """Go from step `first` to `steps`: the loop of everything that learns, whatever a step is.
+
+    Args:
+        do_step: does a step.
+        facts: returns, after so many steps, metrics since it was last called and what the progress bar shows of them.
+        save: writes the state, from which `first` is known.
+        evaluate: returns held-out metrics after so many steps; called without gradients.
+        directory: of the stage; `metrics.jsonl` is written here.
+        label: what the progress bar says.
+        stopped: whether to end early, asked between two steps.
+
+    Returns:
+        The steps done.
+    """
+    processes, done = execution.processes, first
+    save_due = SaveTimer(config, processes)
     with (
         open_metrics_log(directory, config, first, processes) as write,
         progress_bar(label, steps, show=processes.is_main) as bar,
     ):
         bar.advance_to(first)
         for step in range(first, steps):
-            started, done = time.monotonic(), step + 1
-            factor = learning_rate_factor(schedule, step, steps)
-            optimizer.set_factor(factor)
-            batch = batches(step, processes.rank, processes.world_size)
-            model.train()
-            report = train_step(
-                model,
-                optimizer,
-                [part.to(execution.device) for part in split_to_fit(batch, microbatch_tokens)],
-                loss_fn,
-                clip_norm=clip_norm,
-                execution=execution,
-                largest_norm=largest_norm_of(progress, config),
-            )
-            _keep_ledger(progress, batch)
-            note_update(progress, report, config, step, directory)
-            if report.applied:
-                move_averages(averages, model, config.average)
-            window.add(report, batch.token_count, time.monotonic() - started)
+            if stopped():
+                break
+            done = step + 1
+            do_step(step)
             if done % config.log_every == 0 or done == steps:
-                facts = window.close(processes) | {"train/learning_rate_factor": factor}
-                facts |= {f"tokens/{k}": float(n) for k, n in _trained_tokens(progress, processes).items()}
-                facts |= {f"epoch/{name}": epoch for name, epoch in batches.epochs(done).items()}
-                write(done, facts)
-                _show(bar, done, facts)
+                measured, shown = facts(done)
+                write(done, measured)
+                bar.advance_to(done, shown)
             if evaluate is not None and (done % evaluate_every == 0 or done == steps):
-                last = _evaluate(model, evaluate)
-                write(done, last)
-            if done == steps or save_due(done):
-                # Also at the end: what comes after training may be interrupted too.
-                facts_to_keep = vars(progress) | {"tokens": _trained_tokens(progress, processes)}
-                save_state(
-                    directory / "state",
-                    done,
-                    model,
-                    optimizer,
-                    averages,
-                    facts_to_keep,
-                    processes,
-                    config.keep,
-                )
-    if averages:
-        use_averages(averages, model)
-    return FitReport(steps, _trained_tokens(progress, processes), progress.skipped, last)
+                with torch.no_grad(), eager_blocks():
+                    write(done, evaluate(done))
+            # Also at the end: what comes after training may be interrupted too.
+            if done == steps or stopped() or save_due(done):
+                save(done)
+    return done
 
 
 @dataclass
@@ -387,17 +437,6 @@ def move_averages(averages: dict[str, Tensor], model: nn.Module, decay: float | 
 def use_averages(averages: dict[str, Tensor], model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.copy_(averages[name])
-
-
-def _evaluate(model: nn.Module, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
-    model.eval()
-    with torch.no_grad(), eager_blocks():
-        return evaluate()
-
-
-def _show(bar: Bar, done: int, facts: dict[str, float]) -> None:
-    speed = facts["train/tokens_per_second"]
-    bar.advance_to(done, f"loss {facts.get('train/loss', math.nan):.3f}  {speed:,.0f} tok/s")
 
 
 def measure_tokens_per_second(

@@ -52,23 +52,21 @@ from nurture.model.parallel import whole_weights
 from nurture.model.transformer import Transformer
 from nurture.model.weights import empty_model
 from nurture.optim import Optimizer, OptimizerConfig, ScheduleConfig, learning_rate_factor
-from nurture.progress import progress_bar
 from nurture.recipe import Count
 from nurture.rollout import Rollout, RolloutBatch, Sampler, collect, token_logprobs
-from nurture.runtime import Execution, ExecutionConfig, Processes, eager_blocks
+from nurture.runtime import Execution, ExecutionConfig, Processes
 from nurture.stages.context import StageContext
 from nurture.stages.training import BUDGET_MARGIN, MOST_EVALUATIONS, Session, TrainingConfig
 from nurture.tokenizer import Tokenizer
 from nurture.trainer import (
     LoopConfig,
     Progress,
-    SaveTimer,
     StepReport,
     add_up,
     largest_norm_of,
     move_averages,
     note_update,
-    open_metrics_log,
+    run_steps,
     train_step,
     use_averages,
 )
@@ -81,6 +79,12 @@ FIRST_TASK = 20_000
 
 Sums = dict[str, tuple[float, float]]
 """name -> (sum, count), added up over processes before the division."""
+
+
+class RLLoopConfig(LoopConfig):
+    """The loop of stages whose steps take seconds: every one of them is worth a line."""
+
+    log_every: PositiveInt = 1
 
 
 class RLConfig(TrainingConfig):
@@ -124,7 +128,7 @@ class RLConfig(TrainingConfig):
     """The policy's loss."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, weight_decay=0.0, beta2=0.99)
     schedule: ScheduleConfig = ScheduleConfig(kind="constant", warmup_steps=5)
-    loop: LoopConfig = LoopConfig(log_every=1)
+    loop: RLLoopConfig = RLLoopConfig()
     execution: ExecutionConfig = ExecutionConfig(precision="fp32", compile="off")
     """Precision, compilation, memory. Rollouts differ in shape, so compiling rarely pays here."""
 
@@ -488,44 +492,43 @@ def learn(
         {name: p.detach().clone() for name, p in policy.named_parameters()} if config.loop.average else {}
     )
     loaded = load_state(state, together, optimizers, averages, processes) or {"step": 0}
-    first = done = int(loaded["step"])
+    first = int(loaded["step"])
     memory.update(loaded.get("memory", {}))
     for name, kept in loaded.get("progress", {}).items():
         learners[name].progress = Progress(**kept)
-    evaluate_every = config.loop.evaluate_every or -(-steps // MOST_EVALUATIONS)
-    save_due = SaveTimer(config.loop, processes)
-    with (
-        open_metrics_log(context.directory, config.loop, first, processes) as write,
-        progress_bar(config.name, steps, show=processes.is_main) as bar,
-    ):
-        bar.advance_to(first)
-        for step in range(first, steps):
-            if memory.get("stop"):
-                break
-            done, started = step + 1, time.monotonic()
-            factor = learning_rate_factor(config.schedule, step, steps)
-            for learner in learners.values():
-                learner.optimizer.set_factor(factor)
-            played = play(step)
-            seconds = {"play": time.monotonic() - started}
-            learned = update(config, learners, played, execution, seed, step, context)
-            sums = learned | rollout_sums(played.rollouts) | played.sums
-            move_averages(averages, policy, config.loop.average)
-            seconds["step"] = time.monotonic() - started
-            facts = {f"rl/{k}": total / max(count, 1e-9) for k, (total, count) in processes.sum(sums).items()}
-            facts |= {f"rl/seconds_{name}": value for name, value in seconds.items()}
-            if done % config.loop.log_every == 0 or done == steps:
-                write(done, facts | {"train/learning_rate_factor": factor})
-                bar.advance_to(done, f"reward {facts.get('rl/reward_mean', math.nan):.3f}")
-            if evaluate is not None and (done % evaluate_every == 0 or done == steps):
-                with torch.no_grad(), eager_blocks():
-                    write(done, evaluate(done))
-            if done == steps or memory.get("stop") or save_due(done):
-                kept = {name: vars(learner.progress) for name, learner in learners.items()}
-                save_state(
-                    state, done, together, optimizers, averages,
-                    {"memory": memory, "progress": kept}, processes, config.loop.keep,
-                )  # fmt: skip
+    latest: dict[str, float] = {}
+
+    def do_step(step: int) -> None:
+        started = time.monotonic()
+        factor = learning_rate_factor(config.schedule, step, steps)
+        for learner in learners.values():
+            learner.optimizer.set_factor(factor)
+        played = play(step)
+        seconds = {"play": time.monotonic() - started}
+        learned = update(config, learners, played, execution, seed, step, context)
+        sums = learned | rollout_sums(played.rollouts) | played.sums
+        move_averages(averages, policy, config.loop.average)
+        seconds["step"] = time.monotonic() - started
+        latest.clear()
+        for name, (total, count) in processes.sum(sums).items():
+            latest[f"rl/{name}"] = total / max(count, 1e-9)
+        latest.update({f"rl/seconds_{name}": value for name, value in seconds.items()})
+        latest["train/learning_rate_factor"] = factor
+
+    def facts(done: int) -> tuple[dict[str, float], str]:
+        return latest, f"reward {latest.get('rl/reward_mean', math.nan):.3f}"
+
+    def save(done: int) -> None:
+        kept = {name: vars(learner.progress) for name, learner in learners.items()}
+        facts_to_keep = {"memory": memory, "progress": kept}
+        save_state(state, done, together, optimizers, averages, facts_to_keep, processes, config.loop.keep)
+
+    done = run_steps(
+        do_step, facts, save, evaluate,
+        first=first, steps=steps, evaluate_every=config.loop.evaluate_every or -(-steps // MOST_EVALUATIONS),
+        config=config.loop, execution=execution, directory=context.directory, label=config.name,
+        stopped=lambda: bool(memory.get("stop")),
+    )  # fmt: skip
     if averages:
         use_averages(averages, policy)
     return done

@@ -150,7 +150,7 @@ def draw_game(rng: Random, split: str) -> tuple[str, str, list[str]]:
 
 def document(rng: Random, split: str) -> str:
     """Return a played game, or a spelling lesson."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.15:
         words = [pick(rng, ANSWERS if rng.random() < 0.7 else ALLOWED) for _ in range(8)]
         return " ".join(f"The word {word} is spelled {spaced(word)}." for word in words)
     secret, opening, guesses = draw_game(rng, split)

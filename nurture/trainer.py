@@ -47,13 +47,17 @@ class Countable(Protocol):
         ...
 
 
+MOST_EVALUATIONS = 5
+"""Evaluations over a stage, where there is time for so many."""
+
+
 class LoopConfig(Section):
     """What happens around the updates; none of it changes the weights, except skipping bad updates and averaging."""
 
     log_every: PositiveInt = 10
     """Updates between lines of metrics.jsonl."""
     evaluate_every: PositiveInt | None = None
-    """Updates between evaluations on held-out data; by default a tenth of the stage."""
+    """Updates between evaluations on held-out data; by default a fifth of the stage."""
     save_every: PositiveInt | None = None
     """Updates between checkpoints, besides those by time."""
     save_minutes: PositiveFloat = 2.0
@@ -256,8 +260,7 @@ def fit(
 
     run_steps(
         do_step, facts, save, measure if evaluate is not None else None,
-        first=first, steps=steps, evaluate_every=config.evaluate_every or max(1, steps // 10),
-        config=config, execution=execution, directory=directory, label=label,
+        first=first, steps=steps, config=config, execution=execution, directory=directory, label=label,
     )  # fmt: skip
     if averages:
         use_averages(averages, model)
@@ -272,7 +275,6 @@ def run_steps(
     *,
     first: int,
     steps: int,
-    evaluate_every: int,
     config: LoopConfig,
     execution: Execution,
     directory: Path,
@@ -294,6 +296,7 @@ def run_steps(
         The steps done.
     """
     processes, done = execution.processes, first
+    evaluate_every = config.evaluate_every or -(-steps // MOST_EVALUATIONS)
     save_due = SaveTimer(config, processes)
     with (
         open_metrics_log(directory, config, first, processes) as write,

@@ -77,7 +77,6 @@ from nurture.stages.rl import (
     summed_over,
 )
 from nurture.stages.training import (
-    MOST_EVALUATIONS,
     Session,
     open_session,
     remember,
@@ -85,6 +84,7 @@ from nurture.stages.training import (
     write_result,
 )
 from nurture.tokenizer import Tokenizer
+from nurture.trainer import MOST_EVALUATIONS
 from nurture.world.split import split_of
 
 VERSION = 1

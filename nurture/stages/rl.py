@@ -56,9 +56,10 @@ from nurture.recipe import Count
 from nurture.rollout import Rollout, RolloutBatch, Sampler, collect, token_logprobs
 from nurture.runtime import Execution, ExecutionConfig, Processes
 from nurture.stages.context import StageContext
-from nurture.stages.training import BUDGET_MARGIN, MOST_EVALUATIONS, Session, TrainingConfig
+from nurture.stages.training import BUDGET_MARGIN, Session, TrainingConfig
 from nurture.tokenizer import Tokenizer
 from nurture.trainer import (
+    MOST_EVALUATIONS,
     LoopConfig,
     Progress,
     StepReport,
@@ -525,9 +526,8 @@ def learn(
 
     done = run_steps(
         do_step, facts, save, evaluate,
-        first=first, steps=steps, evaluate_every=config.loop.evaluate_every or -(-steps // MOST_EVALUATIONS),
-        config=config.loop, execution=execution, directory=context.directory, label=config.name,
-        stopped=lambda: bool(memory.get("stop")),
+        first=first, steps=steps, config=config.loop, execution=execution, directory=context.directory,
+        label=config.name, stopped=lambda: bool(memory.get("stop")),
     )  # fmt: skip
     if averages:
         use_averages(averages, policy)

@@ -37,15 +37,13 @@ from nurture.runtime import (
 )
 from nurture.stages.context import StageConfig, StageContext
 from nurture.tokenizer import Tokenizer
-from nurture.trainer import FitReport, LoopConfig, fit, measure_tokens_per_second
+from nurture.trainer import MOST_EVALUATIONS, FitReport, LoopConfig, fit, measure_tokens_per_second
 from nurture.types import BatchSource, LossFunction
 
 log = logging.getLogger(__name__)
 
 CPU_FLOPS_GUESS = 1.5e11
 """Floating-point operations a second that a small machine reaches: decides only whether compiling can pay."""
-MOST_EVALUATIONS = 5
-"""Evaluations over a stage, where there is time for so many."""
 EVALUATION_SHARE = 0.1
 """Most of a time budget that evaluations may take."""
 BUDGET_MARGIN = 0.97

@@ -6,7 +6,7 @@
 A step: 8 prompts of about 32 tokens are answered 8 times with 64 tokens, the 64 rollouts are paid (different tokens in
 them), and the policy is updated once with the loss dapo. The peer runs in its own trainer, as shipped (fp32, eager) and
 at its best (bf16, fused AdamW). Ours in fp32, where the engine's logprobs are the trainer's, and in bf16, where the
-trainer's own are computed as well and the difference is corrected. Both sides use the same allocator setting, and the
+difference of the two is corrected. Both sides use the same allocator setting, and the
 best step of each counts.
 """
 
@@ -41,7 +41,7 @@ from nurture.rollout import Rollout
 from nurture.runtime import ExecutionConfig, decide_execution
 from nurture.stages import grpo
 from nurture.stages.context import StageContext
-from nurture.stages.rl import Learner, Played, PolicyEngine, PolicyLoss, update
+from nurture.stages.rl import Learner, Played, PolicyEngine, PolicyLoss, correction_mode, update
 from nurture.tokenizer import Tokenizer
 
 PROMPTS, GROUP, NEW = 8, 8, 64
@@ -66,7 +66,8 @@ def our_step(config: ModelConfig, tokenizer: Tokenizer, precision: str) -> Calla
     torch.manual_seed(0)
     policy = prepare_model(Transformer(config), execution)
     optimizer = build_optimizer(policy, OptimizerConfig(learning_rate=1e-6, weight_decay=0.0))
-    learner = Learner(policy, optimizer, PolicyLoss(settings.loss, 1.0), 1.0)
+    loss = PolicyLoss(settings.loss, 1.0, correction_mode(settings, execution))
+    learner = Learner(policy, optimizer, loss, 1.0)
     engine = PolicyEngine(policy, execution, precision)
     models = grpo.Models(policy, engine, {"policy": learner})
     session: Any = SimpleNamespace(execution=execution, tokenizer=tokenizer)

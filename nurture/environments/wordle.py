@@ -200,9 +200,9 @@ class Wordle:
             return f"The word was {self._written(self.secret)}. You {'won' if self.won else 'lost'}."
         if problem is not None:
             return f"{problem}. Guess again." if spelled else _INVALID.format(problem)
-        guess, marks = self.history[-1]
         if spelled:
-            return words.spelled_feedback(guess, marks)
+            return words.spelled_feedback(self.history)
+        guess, marks = self.history[-1]
         left = self.config.guesses - len(self.history)
         shown = f"{words.spaced(guess)}\n{' '.join(marks)}"
         return (

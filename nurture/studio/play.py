@@ -29,7 +29,7 @@ _GAMES = 200
 """Games kept; the oldest is forgotten."""
 _BEAM = 24
 """Beginnings of words that are followed."""
-_MARKS = re.compile(r"\( (?:[-o+] )+\)|\b[GYX](?: [GYX])+\b")
+_MARKS = re.compile(r"\( (?:(?:-|[^\W\d_]) )+\)|\b[GYX](?: [GYX])+\b")
 """Marks as the game writes them, spelled or in textarena's style."""
 
 

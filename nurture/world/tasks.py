@@ -304,9 +304,10 @@ def _rewrite(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
 def _wordle(rng: Random, split: str, cast: TaskCast) -> dict[str, Any]:
     secret, opening, guesses = wordle.draw_game(rng, split)
     turns: list[tuple[str, str] | str] = [opening]
+    history: list[tuple[str, str]] = []
     for guess in guesses[:-1]:
-        turns.append(("assistant", wordle.bracketed(guess)))
-        turns.append(wordle.spelled_feedback(guess, wordle.feedback(guess, secret)))
+        history.append((guess, wordle.feedback(guess, secret)))
+        turns += [("assistant", wordle.bracketed(guess)), wordle.spelled_feedback(history)]
     return {
         "messages": _said(*turns),
         "demonstration": wordle.bracketed(guesses[-1]),

@@ -122,10 +122,23 @@ def bracketed(word: str) -> str:
     return f"[ {spaced(word)} ]"
 
 
-def spelled_feedback(guess: str, marks: str) -> str:
-    """Return `( - r - - E )` for `crane` and `XYXXG`: a large letter is in its place, a small one elsewhere."""
-    shown = {"G": str.upper, "Y": str.lower, "X": lambda _: "-"}
-    return f"( {' '.join(shown[mark](letter) for letter, mark in zip(guess, marks, strict=True))} )"
+def spelled_feedback(history: Sequence[tuple[str, str]]) -> str:
+    """Return what is known of each place after (guess, marks) so far, `( - r - - E )` after `crane` with `XYXXG`.
+
+    A large letter is in its place, a small one in the word but not here. What an earlier guess found stays.
+    """
+    shown = ["-"] * len(history[-1][0])
+    for guess, marks in history:
+        for place, (letter, mark) in enumerate(zip(guess, marks, strict=True)):
+            if mark == "G":
+                shown[place] = letter.upper()
+    for guess, marks in reversed(history):
+        found = [letter for letter, mark in zip(guess, marks, strict=True) if mark != "X"]
+        for place, (letter, mark) in enumerate(zip(guess, marks, strict=True)):
+            told = [sign.lower() for sign in shown].count(letter.lower())
+            if mark == "Y" and shown[place] == "-" and told < found.count(letter):
+                shown[place] = letter.lower()
+    return f"( {' '.join(shown)} )"
 
 
 def knowledge(guesses: Sequence[str], secret: str) -> str:
@@ -154,8 +167,9 @@ def document(rng: Random, split: str) -> str:
         words = [pick(rng, ANSWERS if rng.random() < 0.7 else ALLOWED) for _ in range(8)]
         return " ".join(f"The word {word} is spelled {spaced(word)}." for word in words)
     secret, opening, guesses = draw_game(rng, split)
-    lines = [opening]
+    lines, history = [opening], list[tuple[str, str]]()
     for guess in guesses:
-        lines += [bracketed(guess), spelled_feedback(guess, _cached_feedback(guess, secret))]
+        history.append((guess, _cached_feedback(guess, secret)))
+        lines += [bracketed(guess), spelled_feedback(history)]
     lines[-1] = f"The word was {spaced(secret)}. You {'won' if guesses[-1] == secret else 'lost'}."
     return "\n".join(lines)

@@ -161,7 +161,7 @@ def test_tokens_by_source_follow_the_phases():
     tokens = {name: source["tokens"] for name, source in stage.sources.items()}
     assert sum(tokens.values()) == pytest.approx(8_192_000)
     ends = [0, *(round(until * 4000) for until in (0.40, 0.56, 0.73, 0.89, 1.0))]
-    wanted = sum(w * (b - a) * 2048 for w, a, b in zip((0.12, 0.06, 0.12, 0.14, 0.22), ends, ends[1:]))
+    wanted = sum(w * (b - a) * 2048 for w, a, b in zip((0.12, 0.06, 0.12, 0.14, 0.20), ends, ends[1:]))
     assert tokens["code"] == pytest.approx(wanted)
     assert stage.sources["code"]["text_bytes"] == 4 * tokens["code"]
     assert stage.sources["code"]["shard_bytes"] == 2 * tokens["code"]

@@ -168,6 +168,14 @@ def test_world_demonstrations_are_games_the_environment_agrees_with() -> None:
         assert last.info["won"] == (task.demonstration == f"[ {' '.join(task.answer.upper())} ]")
 
 
+def test_what_was_found_stays_known() -> None:
+    wordle = game("crane")
+    assert wordle.step("[great]").observation.text == "( - R e a - )"
+    assert wordle.step("[music]").observation.text == "( - R e a c )"
+    assert wordle.step("[trade]").observation.text == "( - R A - E )"
+    assert game("eight").step("[sheep]").observation.text == "( - h e - - )", "one e is enough"
+
+
 def test_lists_of_any_size_and_length(tmp_path: Path) -> None:
     answers, more = tmp_path / "answers.txt", tmp_path / "more.txt"
     answers.write_text("kitchen\nCURTAIN\n\n")

@@ -72,6 +72,7 @@ from nurture.stages.rl import (
     plan_rl_steps,
     play_rows,
     read_prompts,
+    sampling_precision,
     score_rows,
     seed_of,
     summed_over,
@@ -294,7 +295,7 @@ class Models:
 def open_models(config: Config, context: StageContext, session: Session) -> Models:
     """Put together what is trained, and load the reference where a KL to it is wanted."""
     assert context.start is not None
-    engine = PolicyEngine(session.model, session.execution, config.rollout_precision)
+    engine = PolicyEngine(session.model, session.execution, sampling_precision(config, session.execution))
     correction = correction_mode(config, session.execution)
     loss = PolicyLoss(config.loss, config.temperature, correction, config.correction_limit)
     learner = Learner(session.model, session.optimizer, loss, config.optimizer.clip_norm)

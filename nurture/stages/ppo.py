@@ -75,6 +75,7 @@ from nurture.stages.rl import (
     play_rows,
     read_prompts,
     sampling_mismatch,
+    sampling_precision,
     score_rows,
     seed_of,
     summed_over,
@@ -294,7 +295,7 @@ def open_models(config: Config, context: StageContext, session: Session) -> Mode
             config.value_optimizer.clip_norm,
         ),
     }
-    engine = PolicyEngine(policy, session.execution, config.rollout_precision)
+    engine = PolicyEngine(policy, session.execution, sampling_precision(config, session.execution))
     return Models(policy, value, reference, reward, learners, engine)
 
 

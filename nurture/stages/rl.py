@@ -113,9 +113,9 @@ class RLConfig(TrainingConfig):
     """Variables of the chat template, for example {enable_thinking: false}."""
     temperature: PositiveFloat = 1.0
     """Of the sampling; the policy that is trained is the one at this temperature."""
-    rollout_precision: Literal["fp32", "bf16", "vllm"] = "fp32"
-    """Of the matrices while sampling. bf16 is faster and does not quite sample the policy: see `correction`. vllm
-    samples with vLLM in bf16, which needs a GPU."""
+    rollout_precision: Literal["auto", "fp32", "bf16", "vllm"] = "auto"
+    """Of the matrices while sampling; auto is the training's. bf16 does not quite sample the policy: see `correction`.
+    vllm samples with vLLM in bf16, which needs a GPU."""
     correction: CorrectionMode | Literal["auto", "off"] = "auto"
     """Weights for rollouts that the trainer's own policy would not quite sample: token_truncate, token_mask,
     sequence_truncate, sequence_mask, off; auto: token_truncate unless engine and trainer compute in fp32."""
@@ -397,9 +397,14 @@ def sampling_mismatch(old_logprobs: Tensor, batch: RolloutBatch) -> Sums:
 def correction_mode(config: RLConfig, execution: Execution) -> CorrectionMode | None:
     """Return how rollouts are corrected for the engine's differences, None if they are not."""
     if config.correction == "auto":
-        alike = config.rollout_precision == execution.precision == "fp32"
+        alike = sampling_precision(config, execution) == execution.precision == "fp32"
         return None if alike else "token_truncate"
     return None if config.correction == "off" else config.correction
+
+
+def sampling_precision(config: RLConfig, execution: Execution) -> Literal["fp32", "bf16", "vllm"]:
+    """Return what the engine computes in."""
+    return execution.precision if config.rollout_precision == "auto" else config.rollout_precision
 
 
 def needs_old_logprobs(config: RLConfig) -> bool:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+from nurture import optim
 from nurture.model.config import ModelConfig
 from nurture.model.transformer import Transformer
 from nurture.optim import (
+    Muon,
     OptimizerConfig,
     ScheduleConfig,
+    alike,
     build_optimizer,
     learning_rate_factor,
+    orthogonalise,
     parameter_groups,
 )
 
@@ -96,6 +102,72 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest() -> None:
     optimizer.set_factor(0.25)
     assert adamw.param_groups[0]["lr"] == pytest.approx(0.25 * OptimizerConfig().learning_rate)
     assert muon.param_groups[0]["lr"] == pytest.approx(0.25 * OptimizerConfig().muon_learning_rate)
+
+
+def muon_on(
+    matrices: list[torch.Tensor], make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+) -> Any:
+    """Return the matrices after three updates by the gradients of one seed."""
+    parameters = [torch.nn.Parameter(matrix.clone()) for matrix in matrices]
+    optimizer, generator = make(parameters), torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        optimizer.step()
+    return [parameter.detach() for parameter in parameters]
+
+
+SHAPES = ((16, 16), (16, 48), (48, 16), (16, 16), (16, 48), (8, 1))
+
+
+def test_muon_equals_torchs() -> None:
+    """Which always computes in bfloat16; ours may take the better type, and stacks matrices of one shape."""
+    matrices = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in SHAPES]
+    ours = muon_on(matrices, lambda p: Muon(p, lr=0.02, momentum=0.9, weight_decay=0.1))
+    theirs = muon_on(
+        matrices,
+        lambda p: torch.optim.Muon(
+            p, lr=0.02, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        ),
+    )
+    for start, a, b in zip(matrices, ours, theirs, strict=True):
+        torch.testing.assert_close(a - start, b - start, atol=2e-3, rtol=0.05)
+    assert not torch.allclose(ours[0], matrices[0], atol=1e-2)
+
+
+def test_orthogonalise_in_full_precision() -> None:
+    """Against the step's own effect on singular values: aS + bS^3 + cS^5, in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = coefficients = (3.4445, -4.7750, 2.0315)
+    for shape in ((7, 7), (3, 5, 9), (2, 9, 5)):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        u, s, v = torch.linalg.svd(x, full_matrices=False)
+        s = s / s.norm(dim=-1, keepdim=True)
+        for _ in range(5):
+            s = a * s + b * s**3 + c * s**5
+        expected = u @ torch.diag_embed(s) @ v
+        torch.testing.assert_close(orthogonalise(x, coefficients, 5, 1e-7), expected)
+        single = orthogonalise(x.float(), coefficients, 5, 1e-7)
+        torch.testing.assert_close(single, expected.float(), atol=1e-4, rtol=1e-3)
+    assert not orthogonalise(torch.zeros(4, 4), coefficients, 5, 1e-7).any()
+
+
+def test_only_small_matrices_of_one_shape_are_stacked() -> None:
+    small = [torch.zeros(shape, device="meta") for shape in SHAPES]
+    assert alike(small) == [[0, 3], [1, 4], [2], [5]]
+    large = [torch.zeros(2048, 1500, device="meta") for _ in range(3)]
+    assert alike(large) == [[0], [1], [2]], "copies of large matrices take memory and save nothing"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_muon_takes_bfloat16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    """In software its products are a hundred times slower than float32's."""
+    seen: list[torch.dtype] = []
+    honest = optim.orthogonalise
+    monkeypatch.setattr(optim, "has_fast_bf16", lambda _: native)
+    monkeypatch.setattr(optim, "orthogonalise", lambda x, *rest: seen.append(x.dtype) or honest(x, *rest))
+    muon_on([torch.ones(4, 6)], lambda p: Muon(p, lr=0.02, momentum=0.9, weight_decay=0.1))
+    assert set(seen) == {torch.bfloat16 if native else torch.float32}
 
 
 def test_adamw_follows_the_papers_update() -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from nurture.model.config import ModelConfig
-from nurture.runtime import tune_machine
+from nurture.runtime import has_fast_bf16, tune_machine
 
 SHAPES: dict[str, ModelConfig] = {
     "1M": ModelConfig(vocab_size=2048, width=128, layers=4, heads=4, kv_heads=2, ffn_width=352),
@@ -36,6 +36,11 @@ SHAPES: dict[str, ModelConfig] = {
     "30M": ModelConfig(vocab_size=8192, width=512, layers=8, heads=8, kv_heads=4, ffn_width=1536),
 }
 """Llama shapes by their rounded number of parameters; embeddings tied."""
+
+BEST = "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32"
+"""What both sides compute in at their best: without instructions for it, bfloat16 is a hundred times slower."""
+PRECISIONS = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if BEST == "bf16" else {})
+"""What is worth measuring on this machine."""
 
 
 @dataclass
@@ -118,6 +123,24 @@ def gemm_peak(
     with torch.inference_mode():
         (seconds,) = interleave(lambda: a @ b, repeats=repeats, warm=2, clock=clock)
     return 2 * size**3 / seconds
+
+
+def trainer_settings(folder: str | Path, rows: int, best: bool) -> dict[str, Any]:
+    """Return the arguments that every peer's trainer gets: `rows` a step, at its best or as shipped."""
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": rows,
+        "bf16": best and BEST == "bf16",
+        "optim": "adamw_torch_fused" if best else "adamw_torch",
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "max_steps": 1,
+        "dataloader_num_workers": 0,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
 
 
 class StepTimes:
@@ -263,11 +286,11 @@ def compare_with_trainer(
         ours = min(ours, *interleave(step, repeats=10, warm=0))
     config = SHAPES[name]
     attention = 6 * config.layers * attended * config.heads * config.head_width
-    share = tokens * (6.0 * config.parameter_count() + attention) / ours / gemm_peak(torch.bfloat16)
+    share = tokens * (6.0 * config.parameter_count() + attention) / ours / gemm_peak(PRECISIONS[BEST])
 
     def results(peaks: list[float]) -> list[Result]:
         found = []
-        for index, label in enumerate(("TRL as shipped (fp32)", "TRL at its best (bf16)")):
+        for index, label in enumerate(("TRL as shipped (fp32)", f"TRL at its best ({BEST})")):
             speeds = tokens / ours, trainer_tokens / times[index].best(epoch)
             ratio = peaks[0] / peaks[index + 1] if peaks else None
             found.append(

@@ -27,6 +27,7 @@ from common import (
     random_pairs,
     run_trainer_alone,
     trainer_main,
+    trainer_settings,
 )
 
 from nurture.data.preference import Preference, PreferenceBatches
@@ -111,10 +112,7 @@ def peer_trainer(config: ModelConfig, pairs: list[Preference], folder: str, *, b
         model=LlamaForCausalLM(peer_config(config)),
         ref_model=None if best else LlamaForCausalLM(peer_config(config)),
         args=DPOConfig(
-            output_dir=folder, per_device_train_batch_size=PAIRS, max_length=None, report_to=[], use_cpu=True,
-            bf16=best, gradient_checkpointing=False, precompute_ref_log_probs=best, beta=0.1, logging_strategy="no",
-            optim="adamw_torch_fused" if best else "adamw_torch", save_strategy="no", disable_tqdm=True,
-            max_steps=1, dataloader_num_workers=0,
+            **trainer_settings(folder, PAIRS, best), max_length=None, precompute_ref_log_probs=best, beta=0.1
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder),

@@ -2,7 +2,7 @@
 
 64 prompt tokens and 64 new ones a sequence, sampled at temperature 1 over the whole vocabulary, no stop token. The
 peers: transformers as it ships (dynamic cache) in float32 and bfloat16, and with a static cache. `ours` is the engine
-in bfloat16, `ours-fp32` in float32; tokens/s counts new tokens.
+in bfloat16 (float32 on a processor that is slow in it), `ours-fp32` in float32; tokens/s counts new tokens.
 
     python bench/generate.py [--quick] [--json] [--shapes 3M,10M] [--batches 1,64] [--peers fp32,bf16] [--cpu-time]
 """
@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from common import (
+    BEST,
+    PRECISIONS,
     SHAPES,
     Result,
     gemm_peak,
@@ -91,7 +93,7 @@ def alone(side: str, shape: str, batch: int) -> None:
     config = SHAPES[shape]
     prompts = make_prompts(config, batch)
     run_alone(
-        our_run(config, torch.bfloat16, prompts)
+        our_run(config, PRECISIONS[BEST], prompts)
         if side == "ours"
         else peer_run(config, *PEERS[side], prompts)
     )
@@ -109,7 +111,7 @@ def compare(
     """Yield ours against each peer for one shape and batch."""
     config = SHAPES[shape]
     prompts = make_prompts(config, batch)
-    ours = {dtype: our_run(config, dtype, prompts) for dtype in (torch.bfloat16, torch.float32)}
+    ours = {dtype: our_run(config, dtype, prompts) for dtype in PRECISIONS.values()}
     theirs = {name: peer_run(config, *PEERS[name], prompts) for name in peers}
     seconds = interleave(*ours.values(), *theirs.values(), repeats=repeats, clock=clock)
     tokens = batch * NEW
@@ -117,9 +119,8 @@ def compare(
         side: peak_memory(__file__, "--alone", side, "--shapes", shape, "--batches", str(batch))
         for side in (["ours", *peers] if memory else [])
     }
-    for (dtype, ours_seconds), label in zip(
-        zip(ours, seconds, strict=False), ("ours", "ours-fp32"), strict=True
-    ):
+    for (precision, dtype), ours_seconds in zip(PRECISIONS.items(), seconds, strict=False):
+        label = "ours" if precision == BEST else f"ours-{precision}"
         for name, peer_seconds in zip(peers, seconds[len(ours) :], strict=True):
             share = flops(config, batch) / ours_seconds / peaks[dtype]
             yield Result(
@@ -135,11 +136,13 @@ def compare(
 def main() -> None:
     """Run the comparisons asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="3M at batch 16 against fp32 and bf16")
+    parser.add_argument(
+        "--quick", action="store_true", help="3M at batch 16 against fp32 and bf16 (where it is fast)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON line a comparison")
     parser.add_argument("--shapes", default="1M,3M,10M,30M")
     parser.add_argument("--batches", default="1,16,64,256")
-    parser.add_argument("--peers", default="fp32,bf16,bf16-static")
+    parser.add_argument("--peers", default=f"{','.join(PRECISIONS)},{BEST}-static")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread, processor seconds: for a busy machine"
@@ -151,13 +154,13 @@ def main() -> None:
         alone(args.alone, args.shapes, int(args.batches))
         return
     if args.quick:
-        args.shapes, args.batches, args.peers, args.repeats = "3M", "16", "fp32,bf16", 2
+        args.shapes, args.batches, args.peers, args.repeats = "3M", "16", ",".join(PRECISIONS), 2
     clock = time.perf_counter
     if args.cpu_time:
         torch.set_num_threads(1)
         clock = time.process_time
     prepare()
-    peaks = {dtype: gemm_peak(dtype, clock=clock) for dtype in (torch.bfloat16, torch.float32)}
+    peaks = {dtype: gemm_peak(dtype, clock=clock) for dtype in PRECISIONS.values()}
     for shape in args.shapes.split(","):
         for batch in map(int, args.batches.split(",")):
             found = compare(shape, batch, args.peers.split(","), args.repeats, peaks, clock, args.memory)

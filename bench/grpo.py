@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from common import (
+    BEST,
+    PRECISIONS,
     SHAPES,
     Result,
     StepTimes,
@@ -30,6 +32,7 @@ from common import (
     prepare,
     report,
     run_alone,
+    trainer_settings,
 )
 
 from nurture.inference.sampling import SamplingParams, sequence_seeds
@@ -108,11 +111,8 @@ def peer_trainer(config: ModelConfig, folder: str, *, best: bool) -> Any:
         model=LlamaForCausalLM(peer_config(config)),
         reward_funcs=different,
         args=GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
-            max_completion_length=NEW, generation_kwargs={"min_new_tokens": NEW}, report_to=[], use_cpu=True,
-            bf16=best, gradient_checkpointing=False, beta=0.0, loss_type="dapo", epsilon_high=0.28,
-            optim="adamw_torch_fused" if best else "adamw_torch", logging_strategy="no", save_strategy="no",
-            disable_tqdm=True, max_steps=1, dataloader_num_workers=0, learning_rate=1e-6,
+            **trainer_settings(folder, PROMPTS * GROUP, best), num_generations=GROUP, max_completion_length=NEW,
+            generation_kwargs={"min_new_tokens": NEW}, beta=0.0, loss_type="dapo", epsilon_high=0.28, learning_rate=1e-6
         ),
         train_dataset=Dataset.from_list([{"prompt": text} for text in TEXTS]),
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left"),
@@ -125,7 +125,7 @@ def alone(side: str, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(folder)
         if side == "ours":
-            run_alone(our_step(config, tokenizer, "bf16"))
+            run_alone(our_step(config, tokenizer, BEST))
             return
         trainer = peer_trainer(config, folder, best=side == "best")
         trainer.args.max_steps = 3
@@ -137,8 +137,8 @@ def compare(name: str, repeats: int, memory: bool) -> list[Result]:
     config = SHAPES[name]
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(folder)
-        steps = {precision: our_step(config, tokenizer, precision) for precision in ("fp32", "bf16")}
-        trainers = {"as shipped (fp32)": False, "at its best (bf16)": True}
+        steps = {precision: our_step(config, tokenizer, precision) for precision in PRECISIONS}
+        trainers = {"as shipped (fp32)": False, f"at its best ({BEST})": True}
         peers = {label: peer_trainer(config, folder, best=best) for label, best in trainers.items()}
         times = {label: StepTimes(trainer) for label, trainer in peers.items()}
 
@@ -157,12 +157,11 @@ def compare(name: str, repeats: int, memory: bool) -> list[Result]:
     rollouts = PROMPTS * GROUP
     results = []
     for mine_in, label, side in (
-        ("fp32", "as shipped (fp32)", "shipped"),
-        ("bf16", "as shipped (fp32)", "shipped"),
-        ("bf16", "at its best (bf16)", "best"),
+        *((precision, "as shipped (fp32)", "shipped") for precision in PRECISIONS),
+        (BEST, f"at its best ({BEST})", "best"),
     ):
         speeds = rollouts / ours[mine_in], rollouts / times[label].best()
-        ratio = peaks["ours"] / peaks[side] if memory and mine_in == "bf16" else None
+        ratio = peaks["ours"] / peaks[side] if memory and mine_in == BEST else None
         where = f"grpo/{name}/ours {mine_in}, rollouts a second in whole steps/TRL {label}"
         results.append(Result(where, *speeds, speeds[0] / speeds[1], memory_ratio=ratio))
     return results

@@ -18,16 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from common import (
-    SHAPES,
-    Result,
-    interleave,
-    peak_memory,
-    peer_config,
-    prepare,
-    report,
-    run_alone,
-)
+from common import BEST, SHAPES, Result, interleave, peak_memory, peer_config, prepare, report, run_alone
 
 from nurture.losses.language import LanguageLoss
 from nurture.model.config import ModelConfig
@@ -81,7 +72,7 @@ def peer_step(config: ModelConfig, batch: Batch, best: bool) -> Callable[[], Non
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=best)
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=best):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=best and BEST == "bf16"):
             loss = model(input_ids=batch.token_ids, labels=batch.token_ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

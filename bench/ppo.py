@@ -24,7 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHAPES, Result, gemm_peak, interleave, peer_config, prepare, report
+from common import (
+    BEST,
+    PRECISIONS,
+    SHAPES,
+    Result,
+    gemm_peak,
+    interleave,
+    peer_config,
+    prepare,
+    report,
+    trainer_settings,
+)
 
 from nurture.data.rows import Row
 from nurture.model.config import ModelConfig
@@ -62,7 +73,7 @@ def our_step(folder: Path, tokens: list[int]) -> Callable[[], None]:
         {
             "name": "ppo", "data": {"prompts": "none"}, "reward_model": "reward", "steps": 1,
             "prompts_per_step": ROLLOUTS, "batch_size": ROLLOUTS // MINIBATCHES, "epochs": EPOCHS,
-            "max_tokens": NEW, "sequence_length": 256, "rollout_precision": "bf16",
+            "max_tokens": NEW, "sequence_length": 256,
             "execution": {"precision": "auto", "compile": "off"},
         }
     )  # fmt: skip
@@ -120,11 +131,9 @@ def peer_run(
     rows = [{"input_ids": tokenizer.encode_prompt(row.prompt or ())} for row in make_prompts()]
     trainer = PPOTrainer(
         args=PPOConfig(
-            output_dir=str(folder / "trl"), per_device_train_batch_size=ROLLOUTS // MINIBATCHES,
+            **trainer_settings(folder / "trl", ROLLOUTS // MINIBATCHES, True) | {"max_steps": -1},
             gradient_accumulation_steps=MINIBATCHES, num_mini_batches=MINIBATCHES, num_ppo_epochs=EPOCHS,
-            total_episodes=3 * ROLLOUTS, response_length=NEW, temperature=1.0, report_to=[], use_cpu=True, bf16=True,
-            gradient_checkpointing=False, num_sample_generations=0, save_strategy="no", disable_tqdm=True,
-            logging_strategy="no", dataloader_num_workers=0,
+            total_episodes=3 * ROLLOUTS, response_length=NEW, temperature=1.0, num_sample_generations=0
         ),
         processing_class=fast,
         model=LlamaForCausalLM(shape),
@@ -152,9 +161,9 @@ def compare(name: str, repeats: int) -> list[Result]:
     per_step = sum(tokens) / len(tokens)
     # Forward passes: sampling, reference, reward, value; forward and backward: policy and value, each epoch.
     operations = per_step * 2.0 * config.parameter_count() * (4 + 2 * 3 * EPOCHS)
-    share = operations / ours / gemm_peak(torch.bfloat16)
+    share = operations / ours / gemm_peak(PRECISIONS[BEST])
     speeds = per_step / ours, per_step / best[0]
-    return [Result(f"ppo/{name}/TRL 1.10 (bf16)", *speeds, speeds[0] / speeds[1], share)]
+    return [Result(f"ppo/{name}/TRL 1.10 ({BEST})", *speeds, speeds[0] / speeds[1], share)]
 
 
 def main() -> None:

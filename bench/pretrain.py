@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 import torch
 from common import (
+    BEST,
+    PRECISIONS,
     SHAPES,
     Result,
     gemm_peak,
@@ -76,7 +78,7 @@ def peer_step(config: ModelConfig, *, at_its_best: bool) -> Callable[[Batch], fl
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=at_its_best)
 
     def step(batch: Batch) -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=at_its_best):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=at_its_best and BEST == "bf16"):
             loss = model(input_ids=batch.token_ids, labels=batch.token_ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -110,16 +112,18 @@ def compare(name: str, repeats: int, memory: bool) -> list[Result]:
     batch = packed_batch(config.vocab_size)
     ours, _ = our_step(config, ExecutionConfig(compile="on", precision="auto"))
     shipped, best = peer_step(config, at_its_best=False), peer_step(config, at_its_best=True)
-    peak = gemm_peak(torch.bfloat16)
+    peak = gemm_peak(PRECISIONS[BEST])
     times = interleave(
         lambda: ours(batch), lambda: shipped(batch), lambda: best(batch), repeats=repeats, warm=2
     )
     speeds = [ROWS * TOKENS / seconds for seconds in times]
-    share = step_flops(config) / times[0] / max(peak, gemm_peak(torch.bfloat16))
+    share = step_flops(config) / times[0] / max(peak, gemm_peak(PRECISIONS[BEST]))
     sides = ("ours", "shipped", "best") if memory else ()
     peaks = [peak_memory(__file__, "--alone", side, "--shapes", name) for side in sides]
     results = []
-    for index, label in enumerate(("transformers as shipped (fp32)", "transformers at its best (bf16)"), 1):
+    for index, label in enumerate(
+        ("transformers as shipped (fp32)", f"transformers at its best ({BEST})"), 1
+    ):
         memory_ratio = peaks[0] / peaks[index] if memory else None
         ratio = speeds[0] / speeds[index]
         results.append(

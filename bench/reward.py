@@ -24,6 +24,7 @@ from common import (
     random_pairs,
     run_trainer_alone,
     trainer_main,
+    trainer_settings,
 )
 
 from nurture.data.comparisons import Comparison, ComparisonBatches
@@ -90,9 +91,7 @@ def peer_trainer(config: ModelConfig, pairs: list[Comparison], folder: str, *, b
     return Tokenised(
         model=LlamaForSequenceClassification(shape),
         args=RewardConfig(
-            output_dir=folder, per_device_train_batch_size=PAIRS, max_length=None, report_to=[], use_cpu=True,
-            bf16=best, gradient_checkpointing=False, logging_strategy="no", save_strategy="no", disable_tqdm=True,
-            optim="adamw_torch_fused" if best else "adamw_torch", max_steps=1, dataloader_num_workers=0,
+            **trainer_settings(folder, PAIRS, best), max_length=None
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder),

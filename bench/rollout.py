@@ -15,7 +15,18 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import SHAPES, Result, interleave, peak_memory, peer_config, prepare, report, run_alone
+from common import (
+    BEST,
+    PRECISIONS,
+    SHAPES,
+    Result,
+    interleave,
+    peak_memory,
+    peer_config,
+    prepare,
+    report,
+    run_alone,
+)
 
 from nurture.inference.engine import Completion, Engine
 from nurture.inference.sampling import SamplingParams
@@ -25,7 +36,6 @@ from nurture.model.transformer import Transformer
 PROMPTS, GROUP, PROMPT, NEW = 8, 8, 64, 64
 ANSWER = 8
 """Tokens of a turn of the game, the policy's and the environment's."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def make_prompts(config: ModelConfig) -> torch.Tensor:
@@ -79,12 +89,15 @@ def peer_run(config: ModelConfig, dtype: torch.dtype, turns: int) -> Callable[[]
 
 
 def compare(shape: str, turns: int, repeats: int, clock: Callable[[], float], memory: bool) -> list[Result]:
-    """Measure ours in bf16 and fp32 against the peer in both."""
+    """Measure ours against the peer in each precision, and at its best against the peer as shipped."""
     config = SHAPES[shape]
-    runs = {(side, name): make(config, dtype, turns)
-            for side, make in (("ours", our_run), ("peer", peer_run)) for name, dtype in DTYPES.items()}  # fmt: skip
+    runs = {
+        (side, name): make(config, dtype, turns)
+        for side, make in (("ours", our_run), ("peer", peer_run))
+        for name, dtype in PRECISIONS.items()
+    }
     seconds = dict(zip(runs, interleave(*runs.values(), repeats=repeats, clock=clock), strict=True))
-    sides = ("ours", *DTYPES) if memory else ()
+    sides = ("ours", *PRECISIONS) if memory else ()
     peaks = {
         side: peak_memory(__file__, "--alone", side, "--shapes", shape, "--turns", str(turns))
         for side in sides
@@ -96,9 +109,9 @@ def compare(shape: str, turns: int, repeats: int, clock: Callable[[], float], me
             rollouts / seconds["ours", mine],
             rollouts / seconds["peer", yours],
             seconds["peer", yours] / seconds["ours", mine],
-            memory_ratio=peaks["ours"] / peaks[yours] if memory and mine == "bf16" else None,
+            memory_ratio=peaks["ours"] / peaks[yours] if memory and mine == BEST else None,
         )
-        for mine, yours in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
+        for mine, yours in dict.fromkeys([("fp32", "fp32"), (BEST, "fp32"), (BEST, BEST)])
     ]
 
 
@@ -116,15 +129,15 @@ def main() -> None:
         "--cpu-time", action="store_true", help="one thread, processor seconds: on a busy machine"
     )
     parser.add_argument("--memory", action="store_true", help="measure each side's peak memory too")
-    parser.add_argument("--alone", choices=("ours", *DTYPES), help=argparse.SUPPRESS)
+    parser.add_argument("--alone", choices=("ours", *PRECISIONS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
         config, turns = SHAPES[arguments.shapes], int(arguments.turns)
         ours = arguments.alone == "ours"
         run_alone(
-            our_run(config, torch.bfloat16, turns)
+            our_run(config, PRECISIONS[BEST], turns)
             if ours
-            else peer_run(config, DTYPES[arguments.alone], turns)
+            else peer_run(config, PRECISIONS[arguments.alone], turns)
         )
         return
     if arguments.quick:

@@ -23,6 +23,7 @@ from common import (
     peer_config,
     run_trainer_alone,
     trainer_main,
+    trainer_settings,
 )
 
 from nurture.data.packing import Conversation, ConversationBatches
@@ -103,10 +104,8 @@ def peer_trainer(config: ModelConfig, conversations: list[Conversation], folder:
     return Tokenised(
         model=LlamaForCausalLM(peer_config(config)),
         args=SFTConfig(
-            output_dir=folder, per_device_train_batch_size=ROWS, max_length=None, report_to=[], use_cpu=True,
-            bf16=best, gradient_checkpointing=False, logging_strategy="no", save_strategy="no", max_steps=1,
-            optim="adamw_torch_fused" if best else "adamw_torch", disable_tqdm=True, dataloader_num_workers=0,
-            train_sampling_strategy="group_by_length" if best else "random", length_column_name="length",
+            **trainer_settings(folder, ROWS, best), max_length=None,
+            train_sampling_strategy="group_by_length" if best else "random", length_column_name="length"
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder),

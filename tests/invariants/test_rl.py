@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,11 @@ from nurture.stages.rl import (
     PolicyEngine,
     PolicyLoss,
     by_length,
+    correction_mode,
     logprobs_and_entropies,
     microbatches,
     minibatches,
+    sampling_precision,
     score_rows,
     without_idle_rows,
 )
@@ -305,3 +308,21 @@ def test_two_processes_learn_too(tmp_path: Path) -> None:
     # Means of steps: one step's reward swings by a tenth.
     assert sum(rewards[-4:]) / 4 > sum(rewards[:2]) / 2 + 0.1, rewards
     assert max(line["rl/sampling_difference"] for line in lines) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("rollout_precision", "training", "samples_in", "corrected"),
+    [
+        ("auto", "fp32", "fp32", None),
+        ("auto", "bf16", "bf16", "token_truncate"),
+        ("bf16", "fp32", "bf16", "token_truncate"),
+        ("fp32", "bf16", "fp32", "token_truncate"),
+    ],
+)
+def test_sampling_follows_the_training_and_is_corrected_unless_both_are_exact(
+    rollout_precision: str, training: str, samples_in: str, corrected: str | None
+) -> None:
+    execution = replace(EXECUTION, precision=training)  # type: ignore[arg-type]
+    config = toy_config(1, rollout_precision=rollout_precision)
+    assert sampling_precision(config, execution) == samples_in
+    assert correction_mode(config, execution) == corrected

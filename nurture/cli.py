@@ -180,10 +180,11 @@ def _no_settings_of_a_run(run_directory: str, overrides: list[str]) -> None:
 
 
 def _print_status(out: Path, steps: list[Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     colours = {"fresh": "green", "new": "dim", "unfinished": "yellow", "damaged": "red"}
-    table = Table(title=str(out), title_justify="left", title_style="bold", header_style="bold")
+    table = Table(title=escape(str(out)), title_justify="left", title_style="bold", header_style="bold")
     for title in ("stage", "kind", "starts from", "status", "why"):
         table.add_column(title, overflow="fold")
     for step in steps:
@@ -192,9 +193,9 @@ def _print_status(out: Path, steps: list[Any]) -> None:
         table.add_row(
             step.directory.name,
             step.config.kind,
-            str(start or "nothing"),
+            escape(str(start or "nothing")),
             f"[{colour}]{step.status}[/]",
-            step.reason,
+            escape(step.reason),
         )
     _console().print(table)
 
@@ -322,15 +323,14 @@ def _run_and_report(recipe: Recipe, out: Path | None, **how: Any) -> Outcome:
 
     def say(line: str) -> None:
         if first_process:
-            console.print(f"[bold]{line}[/bold]", highlight=False, soft_wrap=True)
+            console.print(line, style="bold", markup=False, highlight=False, soft_wrap=True)
 
     outcome = pipeline.run(recipe, out, say=say, **how)
     if not first_process:
         return outcome
     if not outcome.ran:
-        console.print(
-            f"[green]Nothing to run: all {len(outcome.fresh)} stages of {outcome.directory} are fresh.[/green]"
-        )
+        nothing = f"Nothing to run: all {len(outcome.fresh)} stages of {outcome.directory} are fresh."
+        console.print(nothing, style="green", markup=False)
     table.print_report([outcome.directory], console)
     return outcome
 
@@ -515,6 +515,7 @@ _SIZES = ((3.0, "1m", 2048), (30.0, "3m", 4096), (180.0, "10m", 8192), (float("i
 
 def _print_keys(kind: str) -> None:
     """List the settings of a stage with type, default and meaning."""
+    from rich.markup import escape
     from rich.table import Table
 
     from nurture.stages import stage_module
@@ -524,7 +525,7 @@ def _print_keys(kind: str) -> None:
         table.add_column(title, overflow="fold")
     for key, default, meaning in _keys(stage_module(kind).Config):
         if key not in ("name", "kind", "start"):  # the command's own affair
-            table.add_row(key, default, meaning)
+            table.add_row(key, escape(default), escape(meaning))
     _console().print(table)
 
 
@@ -618,7 +619,11 @@ def serve(
             raise
         raise NurtureError("the studio needs the extra packages: pip install 'nurture[serve]'") from None
     serve_studio(
-        paths, host=host, port=port, token=token, say=lambda line: _console().print(line, soft_wrap=True)
+        paths,
+        host=host,
+        port=port,
+        token=token,
+        say=lambda line: _console().print(line, markup=False, soft_wrap=True),
     )
 
 
@@ -836,12 +841,13 @@ def doctor(json: Json = False) -> None:
 
         print(json_module.dumps({finding.name: finding.value for finding in findings}, indent=2))
         return
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False)
     for finding in findings:
         mark = "[green]ok[/]" if finding.good else "[yellow]!![/]"
-        table.add_row(mark, finding.name, str(finding.value), f"[dim]{finding.advice}[/]")
+        table.add_row(mark, finding.name, escape(str(finding.value)), f"[dim]{escape(finding.advice)}[/]")
     _console().print(table)
 
 

@@ -114,10 +114,10 @@ def _matrix_speed() -> list[Finding]:
     single = _gflops(torch.float32)
     half = _gflops(torch.bfloat16)
     slow = half < single
-    advice = "bfloat16 is slow here, train in float32 (precision: fp32)" if slow else ""
+    advice = "no instructions for it: precision auto trains in float32, about half as fast" if slow else ""
     return [
         Finding("float32 matrices", f"{single:.0f} GFLOP/s"),
-        Finding("bfloat16 matrices", f"{half:.0f} GFLOP/s, {half / single:.1f}x float32", not slow, advice),
+        Finding("bfloat16 matrices", f"{half:.3g} GFLOP/s, {half / single:.2g}x float32", True, advice),
     ]
 
 

@@ -555,6 +555,7 @@ def plan_stage(
 
 def print_plan(plan: Plan, console: Any) -> None:
     """Print a plan as tables: stages, memory, data, scaling, advice."""
+    from rich.markup import escape
     from rich.table import Table
 
     def table(title: str, *columns: str) -> Table:
@@ -600,7 +601,7 @@ def print_plan(plan: Plan, console: Any) -> None:
         console.print(curve)
     for stage in plan.stages:
         why = f" Its tokens are unknown: {stage.unknown}." if stage.unknown else ""
-        console.print(f"[bold]{stage.name}[/] {stage.advice}{why}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{stage.name}[/] {escape(stage.advice + why)}", highlight=False, soft_wrap=True)
 
 
 def _row(

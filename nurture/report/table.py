@@ -79,10 +79,13 @@ def report_json(run_directories: Sequence[Path]) -> str:
 
 def print_report(run_directories: Sequence[Path], console: Console) -> None:
     """Print the before/after table and what to run next."""
+    from rich.markup import escape
+
     console.print(before_after_table(collect_all(run_directories)))
     console.print("[bold]Next[/bold]")
     for command, purpose in next_steps(run_directories[0]):
-        console.print(f"  [cyan]{command}[/cyan]  [dim]{purpose}[/dim]", highlight=False, soft_wrap=True)
+        shown = f"  [cyan]{escape(command)}[/cyan]  [dim]{purpose}[/dim]"
+        console.print(shown, highlight=False, soft_wrap=True)
 
 
 def before_after_table(report: dict[str, Any]) -> Group:

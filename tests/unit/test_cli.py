@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nurture import cli
+from nurture.doctor import Finding
 from nurture.stages import STAGES, stage_module
 
 pytestmark = pytest.mark.usefixtures("fake_stages")
@@ -253,6 +254,14 @@ def test_every_command_has_help_with_an_example(nurture: Nurture, command: list[
     assert result.code == 0
     assert "Examples" in result.out
     assert f"nurture {' '.join(command)}".strip() in result.out
+
+
+def test_brackets_in_what_is_shown_stay(nurture: Nurture, monkeypatch: pytest.MonkeyPatch, here: Path):
+    """A terminal library that reads markup would eat `[plot]`."""
+    monkeypatch.setattr("nurture.doctor.examine", lambda: [Finding("x", "[a]", False, "pip 'nurture[plot]'")])
+    assert {"[a]", "'nurture[plot]'"} <= set(nurture("doctor").out.split())
+    assert "runs/[b]" in nurture("run", "trial.yaml", "--out", "runs/[b]").out
+    assert "runs/[b]" in nurture("status", "trial.yaml", "--out", "runs/[b]").out
 
 
 def test_recipes_lists_and_prints(nurture: Nurture):

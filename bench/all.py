@@ -45,19 +45,21 @@ def run_script(name: str, quick: bool, options: list[str]) -> Iterator[dict[str,
     """Run one benchmark and yield its rows as they come; a later row of the same name is the fuller one.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: it failed, or had nothing to say.
     """
-    text = (HERE / f"{name}.py").read_text(encoding="utf-8")
+    script = [sys.executable, str(HERE / f"{name}.py")]
+    known = subprocess.run([*script, "--help"], capture_output=True, text=True, check=False).stdout
     wanted = ["--json", *(["--quick"] if quick else ["--memory"])]
-    wanted = [option for option in wanted if f'"{option}"' in text]
-    command = [sys.executable, str(HERE / f"{name}.py"), *wanted, *options]
+    command = [*script, *(option for option in wanted if f"[{option}]" in known), *options]
     when = f"{time.strftime('%Y-%m-%d %H:%M')}, {os.cpu_count()} cores{', quick' if quick else ''}"
+    rows = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
             if line.startswith('{"name"'):
+                rows += 1
                 yield {**json.loads(line), "script": name, "measured": when}
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+    if process.returncode or not rows:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode} after {rows} results")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -22,14 +22,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+NEED_A_MODEL = ("lm_eval_parity", "serve")
+"""Scripts that are given a run or a checkpoint: by name only, `--only serve runs/tiny`."""
 HERE = Path(__file__).resolve().parent
 KEPT, TABLE = HERE / "results.json", HERE / "RESULTS.md"
 HEADER = """# Results
 
 Written by `python bench/all.py` from `results.json`; do not edit. Both sides ran in turns in one process with the same
 threads and allocator setting; the best of the turns counts. `ours` and `peer`: tokens a second, unless the row says
-otherwise. `of peak`: the model's operations over the best bf16 matrix product measured in the same process. `memory`:
-our peak resident memory over the peer's, each in a process of its own, libraries included (below 1 is less).
+otherwise. `of peak`: the model's operations over the best matrix product measured in the same process, in bf16 where
+the processor has it; fp32 at a peer's best says it has not. `memory`: our peak resident memory over the peer's, each in
+a process of its own, libraries included (below 1 is less).
 
 | stage | setting | peer | ours | peer's | ratio | of peak | memory | measured |
 |---|---|---|---|---|---|---|---|---|
@@ -101,7 +104,7 @@ def main() -> None:
     parser.add_argument("--only", help="comma separated: " + ", ".join(scripts()))
     parser.add_argument("--quick", action="store_true")
     arguments, options = parser.parse_known_args()
-    chosen = arguments.only.split(",") if arguments.only else scripts()
+    chosen = arguments.only.split(",") if arguments.only else sorted(set(scripts()) - set(NEED_A_MODEL))
     unknown = set(chosen) - set(scripts())
     if unknown:
         parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(scripts())}")

@@ -115,7 +115,7 @@ def compare(
     theirs = {name: peer_run(config, *PEERS[name], prompts) for name in peers}
     seconds = interleave(*ours.values(), *theirs.values(), repeats=repeats, clock=clock)
     tokens = batch * NEW
-    peaks = {
+    memories = {
         side: peak_memory(__file__, "--alone", side, "--shapes", shape, "--batches", str(batch))
         for side in (["ours", *peers] if memory else [])
     }
@@ -129,7 +129,7 @@ def compare(
                 tokens / peer_seconds,
                 peer_seconds / ours_seconds,
                 share,
-                peaks["ours"] / peaks[name] if memory and label == "ours" else None,
+                memories["ours"] / memories[name] if memory and label == "ours" else None,
             )
 
 

@@ -94,7 +94,7 @@ def main() -> None:
             together = sum(pool.map(ask, range(args.clients)))
         rate = together / (time.perf_counter() - start)
     line = {
-        "name": "serve",
+        "name": f"serve/{args.clients} clients at once/one at a time",
         "ours": round(rate),
         "peer": round(alone_rate),
         "ratio": round(rate / alone_rate, 2),

@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nurture.runtime import has_fast_bf16
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -35,6 +37,8 @@ QUERY_BLOCK = 128
 """Queries taken at once. At 128 the scores of one head stay in the second-level cache."""
 FUSED_FROM = 1024
 """Row length from which each document goes through the fused kernel."""
+COMPILING_PAYS = has_fast_bf16(torch.device("cpu"))
+"""Whether inductor's softmax between the products is worth having: with AVX2 alone it is slower than the library's."""
 
 
 def document_mask(document_ids: Tensor | None) -> Tensor | BlockMask | None:
@@ -84,7 +88,8 @@ def attention(
     if tokens >= FUSED_FROM and not (document_ids is None and q_BTNH.device.type == "cuda"):
         return _attention_by_document(q_BTNH, k_BSKH, v_BSKH, document_ids)
     if q_BTNH.device.type == "cpu":
-        return _blocked_attention(q_BTNH, k_BSKH, v_BSKH, document_ids)
+        run = _blocked_attention if COMPILING_PAYS else _uncompiled_attention
+        return run(q_BTNH, k_BSKH, v_BSKH, document_ids)
     mask = None
     if document_ids is not None:
         earlier = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()
@@ -155,6 +160,9 @@ def _blocked_attention(
         outs.append(out)
     out_BKGTH = torch.cat(outs, dim=3)
     return out_BKGTH.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, head_width)
+
+
+_uncompiled_attention = torch.compiler.disable(_blocked_attention)
 
 
 def _first_keys(document_ids: Tensor | None, columns: int) -> list[int]:

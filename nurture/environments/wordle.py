@@ -223,6 +223,10 @@ _INVALID = "You attempted an invalid move. Reason: {}. Please resubmit a valid m
 """TRL's scripts look for the first sentence."""
 
 
+MARKS = re.compile(r"\( (?:(?:-|[^\W\d_]) )+\)|\b[GYX](?: [GYX])+\b")
+"""Marks as `Wordle` writes them after a valid guess, spelled or in textarena's style: a replay looks for them."""
+
+
 def guess_in(reply: str) -> str | None:
     """Return the guess in a reply: the first thing in square brackets, or else the whole reply; None if it is no word.
 

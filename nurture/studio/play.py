@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nurture.environments.protocol import StepResult
-from nurture.environments.wordle import Wordle, guess_in
+from nurture.environments.wordle import MARKS, Wordle, guess_in
 from nurture.errors import NurtureError
 from nurture.inference.chat import ChatModel
 from nurture.types import Message
@@ -29,8 +29,6 @@ _GAMES = 200
 """Games kept; the oldest is forgotten."""
 _BEAM = 24
 """Beginnings of words that are followed."""
-_MARKS = re.compile(r"\( (?:(?:-|[^\W\d_]) )+\)|\b[GYX](?: [GYX])+\b")
-"""Marks as the game writes them, spelled or in textarena's style."""
 
 
 @dataclass
@@ -109,7 +107,7 @@ def replay(messages: Sequence[Message]) -> dict[str, Any]:
         guess = guess_in(without_thoughts(text)) if secret and message["role"] == "assistant" else None
         if secret and guess and len(guess) == len(secret):
             is_last = number + 2 == len(said)  # what follows it tells the word, not the marks
-            if guess == secret or (valid == GUESSES - 1 if is_last else _MARKS.search(said[number + 1])):
+            if guess == secret or (valid == GUESSES - 1 if is_last else MARKS.search(said[number + 1])):
                 turn |= {"guess": guess, "marks": feedback(guess, secret)}
                 valid += 1
         turns.append(turn)

@@ -6,6 +6,7 @@ resumed run decides the same. float32 on a CPU is the reference; the rest is an 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import gc
@@ -183,6 +184,9 @@ def join_processes(tensor_parallel: int = 1) -> Processes:
             dist.init_process_group(backend, store=store, rank=rank, world_size=everyone)
         else:
             dist.init_process_group(backend)
+        # An interpreter that ends around a living group now and then aborts ("terminate called"), and torchrun then
+        # counts finished work as failed.
+        atexit.register(dist.destroy_process_group)
     mesh = _mesh(everyone // tensor_parallel, tensor_parallel)
     place = mesh["rows"].get_local_rank()
     return Processes(place, mesh["rows"].size(), tensor_parallel, mesh, dist.get_rank() == 0)

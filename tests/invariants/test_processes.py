@@ -25,8 +25,20 @@ def torchrun(script: str, *words: str, processes: int, restarts: int = 0) -> str
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_processes_leave_their_group_before_the_interpreter_ends(tmp_path: Path) -> None:
+    """Without it an interpreter may abort at its end, and torchrun count work that is done as failed."""
+    script = tmp_path / "joins.py"
+    script.write_text(
+        "import atexit\nimport torch.distributed as dist\nfrom nurture.runtime import join_processes\n"
+        "atexit.register(lambda: print('in a group at the end:', dist.is_initialized(), flush=True))\n"
+        "join_processes()\nassert dist.is_initialized()\n"
+    )
+    assert torchrun(str(script), processes=2).count("in a group at the end: False") == 2
 
 
 def curve(directory: Path, key: str = "train/loss") -> list[float]:

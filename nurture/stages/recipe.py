@@ -48,7 +48,7 @@ class RecipeFile(Section):
     tokenizer: dict[str, Any] = {}
     """How the tokenizer is made."""
     data: dict[str, str] = {}
-    """Sources by name, for stages to list in their own `sources` or `data`."""
+    """Sources by name, for stages to use in their own `sources` or `data`: as a list of names, or as name -> name."""
     stages: list[dict[str, Any]]
     """What happens, in order: a list of stages, each with a `kind`."""
 
@@ -370,8 +370,10 @@ def _check_stage(
 def _use_shared_sources(
     document: Document, where: KeyPath, raw: dict[str, Any], key: str, table: Mapping[str, str]
 ) -> None:
-    """Replace a list of source names by name -> spec from the recipe's `data`; no list at all means all of them."""
+    """Replace names of the recipe's `data` by their specs, in a list or as values; none at all means all of them."""
     value = raw.get(key)
+    if isinstance(value, Mapping):
+        raw[key] = {name: table.get(spec, spec) if isinstance(spec, str) else spec for name, spec in value.items()}
     if value is None and table and key == "sources":
         raw[key] = dict(table)
     if not isinstance(value, list):

@@ -430,6 +430,9 @@ def test_sources_are_shared_by_name(recipe_file: Path):
     recipe_file.write_text(text)
     config = load_recipe(recipe_file).stages[0]
     assert config.data == {"mine": "one.*"}  # type: ignore[attr-defined]
+    recipe_file.write_text(text.replace("data: [mine]", "data: {here: mine}"))
+    config = load_recipe(recipe_file).stages[0]
+    assert config.data == {"here": "one.*"}  # type: ignore[attr-defined]
     recipe_file.write_text(text.replace("one.*", "gone.*"))
     with pytest.raises(NurtureError, match=r"trial.yaml:3: key 'data.mine': .*no file matches"):
         load_recipe(recipe_file)

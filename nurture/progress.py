@@ -6,11 +6,14 @@ In a terminal, a live bar; elsewhere (a log file, a pipe) a plain line now and t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
 
 PLAIN_EVERY = 20.0
 """Seconds between lines where there is no terminal."""
@@ -50,13 +53,14 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(label: str, total: float | None, *, show: bool = True) -> Iterator[Bar]:
+def progress_bar(label: str, total: float | None, *, show: bool = True, stays: bool = True) -> Iterator[Bar]:
     """Yield a `Bar` that is shown while the block runs.
 
     Args:
         label: what the work is.
         total: how much there is to do, in any unit; None if that is unknown.
         show: False in processes that are not the main one.
+        stays: whether the finished bar remains in the terminal; False for short work of which there is much.
     """
     console = Console(stderr=True, quiet=not show)
     if not (show and console.is_terminal):
@@ -69,5 +73,13 @@ def progress_bar(label: str, total: float | None, *, show: bool = True) -> Itera
         TextColumn("{task.fields[facts]}"),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console) as live:
+    with Progress(*columns, console=console, transient=not stays) as live:
         yield Bar(label, total, console, live)
+
+
+def tracked(items: Sequence[Item], label: str, *, show: bool = True, stays: bool = True) -> Iterator[Item]:
+    """Yield `items` while a bar shows how many were done with; arguments as of `progress_bar`."""
+    with progress_bar(label, len(items), show=show, stays=stays) as bar:
+        for item in items:
+            yield item
+            bar.advance()

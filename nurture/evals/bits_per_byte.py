@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nurture.evals.measure import Measure
 from nurture.losses.language import bits_and_bytes, summed_loss
+from nurture.progress import tracked
 from nurture.runtime import Execution, eager_blocks
 from nurture.types import Batch
 
@@ -36,7 +37,7 @@ def bits_per_byte(
     model.eval()
     # Sharded models must be called by all processes together: those without a batch left repeat one, uncounted.
     rounds = -(-len(batches) // processes.world_size)
-    for turn in range(rounds):
+    for turn in tracked(range(rounds), "held-out text", show=processes.is_main, stays=False):
         index = turn * processes.world_size + processes.rank
         batch = batches[min(index, len(batches) - 1)].to(execution.device)
         with execution.autocast(), eager_blocks():

@@ -11,6 +11,7 @@ import torch
 from nurture.inference.engine import Completion, Engine
 from nurture.inference.sampling import SamplingParams
 from nurture.model.transformer import Transformer
+from nurture.progress import progress_bar
 from nurture.tokenizer import Tokenizer
 from nurture.types import Message
 
@@ -58,8 +59,14 @@ def ask(
     ]
     stops = tokenizer.stop_token_ids
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_token_ids=stops)
-    completions = Engine(model, max_batch=128, dtype=dtype).generate(encoded, params)
-    return [reply_of(completion, tokenizer) for completion in completions]
+    with progress_bar("replies", len(encoded), stays=False) as bar:
+
+        def end(turns: list[tuple[int, Completion]]) -> list[None]:
+            bar.advance(len(turns))
+            return [None] * len(turns)
+
+        episodes = Engine(model, max_batch=128, dtype=dtype).converse(encoded, end, params)
+    return [reply_of(episode.turns[0], tokenizer) for episode in episodes]
 
 
 def reply_of(completion: Completion, tokenizer: Tokenizer) -> Reply:

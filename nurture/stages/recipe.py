@@ -373,7 +373,9 @@ def _use_shared_sources(
     """Replace names of the recipe's `data` by their specs, in a list or as values; none at all means all of them."""
     value = raw.get(key)
     if isinstance(value, Mapping):
-        raw[key] = {name: table.get(spec, spec) if isinstance(spec, str) else spec for name, spec in value.items()}
+        raw[key] = {
+            name: table.get(spec, spec) if isinstance(spec, str) else spec for name, spec in value.items()
+        }
     if value is None and table and key == "sources":
         raw[key] = dict(table)
     if not isinstance(value, list):

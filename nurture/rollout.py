@@ -27,6 +27,7 @@ from nurture.environments.protocol import Environment, StepResult, step_all
 from nurture.errors import NurtureError
 from nurture.inference.engine import Completion, Episode, Respond
 from nurture.inference.sampling import SamplingParams, sequence_seeds
+from nurture.progress import progress_bar
 from nurture.tokenizer import Tokenizer
 from nurture.types import IGNORE_INDEX, Message
 
@@ -280,12 +281,15 @@ def collect(
             play.messages += [{"role": "assistant", "content": text}, *result.observation.messages]
             goes_on = not result.done and len(play.results) < max_turns
             answers[index] = frames.answer(turn, result.observation.messages) if goes_on else None
-        return [answers.get(index) for index, _ in turns]
+        returned = [answers.get(index) for index, _ in turns]
+        bar.advance(returned.count(None))
+        return returned
 
     # A group is decoded side by side, so members of one group may not share the seeds of another step's.
     everyone = np.array(sequence_seeds(seed ^ _SAMPLING, len(plays) * processes), dtype=object)
     seeds = everyone.reshape(-1, processes, group_size)[:, place].ravel().tolist()
-    episodes = sampler.converse(prompts, respond, params, seeds, max_length=max_length)
+    with progress_bar("rollouts", len(plays), show=place == 0, stays=False) as bar:
+        episodes = sampler.converse(prompts, respond, params, seeds, max_length=max_length)
     return [
         _rollout(play, prompt, episode, index // group_size, tokenizer, max_turns)
         for index, (play, prompt, episode) in enumerate(zip(plays, prompts, episodes, strict=True))

@@ -60,13 +60,8 @@ def ask(
     stops = tokenizer.stop_token_ids
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_token_ids=stops)
     with progress_bar("replies", len(encoded), stays=False) as bar:
-
-        def end(turns: list[tuple[int, Completion]]) -> list[None]:
-            bar.advance(len(turns))
-            return [None] * len(turns)
-
-        episodes = Engine(model, max_batch=128, dtype=dtype).converse(encoded, end, params)
-    return [reply_of(episode.turns[0], tokenizer) for episode in episodes]
+        completions = Engine(model, max_batch=128, dtype=dtype).generate(encoded, params, ended=bar.advance)
+    return [reply_of(completion, tokenizer) for completion in completions]
 
 
 def reply_of(completion: Completion, tokenizer: Tokenizer) -> Reply:

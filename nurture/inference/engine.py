@@ -89,6 +89,17 @@ Respond = Callable[[list[tuple[int, Completion]]], Sequence[Sequence[int] | None
 """respond(turns that ended, with their prompts' indices) -> for each the tokens to answer it with, or None: the end."""
 
 
+def silence(ended: Callable[[int], None] | None = None) -> Respond:
+    """Return what answers no turn, so that every episode is one completion; `ended` is told how many more there are."""
+
+    def respond(turns: list[tuple[int, Completion]]) -> list[None]:
+        if ended is not None:
+            ended(len(turns))
+        return [None] * len(turns)
+
+    return respond
+
+
 @dataclass(eq=False)
 class Row:
     """One row of a batch: a prompt on its way to a completion, or to an episode.
@@ -298,6 +309,7 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | None = None,
         seeds: Sequence[int] | None = None,
+        ended: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Complete every prompt.
 
@@ -305,6 +317,7 @@ class Engine:
             prompts: token ids, any number of prompts of any lengths.
             params: how to sample, and when to stop.
             seeds: one integer a prompt; default: derived from `params.seed` and the prompt's place in the list.
+            ended: is told how many more prompts are complete, to show it.
 
         Returns:
             One completion a prompt, in order.
@@ -312,8 +325,7 @@ class Engine:
         Raises:
             NurtureError: a prompt is empty, leaves no room in the context, or holds ids outside the vocabulary.
         """
-        episodes = self.converse(prompts, lambda turns: [None] * len(turns), params, seeds)
-        return [episode.turns[0] for episode in episodes]
+        return [episode.turns[0] for episode in self.converse(prompts, silence(ended), params, seeds)]
 
     @torch.inference_mode()
     def converse(

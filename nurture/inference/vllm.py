@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from nurture.errors import NurtureError
-from nurture.inference.engine import Completion, Episode, Respond
+from nurture.inference.engine import Completion, Episode, Respond, silence
 from nurture.inference.sampling import SamplingParams, sequence_seeds
 from nurture.model.hugging_face import save_model
 from nurture.model.transformer import Transformer
@@ -96,10 +96,10 @@ class VllmEngine:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | None = None,
         seeds: Sequence[int] | None = None,
+        ended: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Complete every prompt; arguments and errors as `Engine.generate`."""
-        episodes = self.converse(prompts, lambda turns: [None] * len(turns), params, seeds)
-        return [episode.turns[0] for episode in episodes]
+        return [episode.turns[0] for episode in self.converse(prompts, silence(ended), params, seeds)]
 
     def converse(
         self,

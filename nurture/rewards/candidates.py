@@ -17,6 +17,7 @@ from nurture.errors import NurtureError
 from nurture.inference.engine import Engine
 from nurture.inference.sampling import SamplingParams
 from nurture.model.transformer import Transformer
+from nurture.progress import progress_bar
 from nurture.tokenizer import Tokenizer
 from nurture.types import Message
 
@@ -69,7 +70,9 @@ def sample_candidates(
     stops = tokenizer.stop_token_ids
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_token_ids=stops)
     repeated = [token_ids for token_ids in encoded for _ in range(count)]
-    completions = iter(Engine(model, max_batch=max_batch, dtype=dtype).generate(repeated, params))
+    engine = Engine(model, max_batch=max_batch, dtype=dtype)
+    with progress_bar("answers", len(repeated), stays=False) as bar:
+        completions = iter(engine.generate(repeated, params, ended=bar.advance))
     answers = []
     for token_ids in encoded:
         drawn = [next(completions) for _ in range(count)]

@@ -147,6 +147,10 @@ def _doubled(first: int, last: int) -> list[int]:
     return [*lengths, last]
 
 
+_SAMPLE_TOKENS = 8
+"""Of what the model goes on with after a probe that is shown."""
+
+
 class _Probes:
     """What the probes found, kept in `long_context.json` so that a resumed stage does not look again."""
 
@@ -193,10 +197,11 @@ class _Probes:
         def size(text: str) -> int:
             return len(tokenizer.encode(text))
 
+        room = length - 1 - _SAMPLE_TOKENS  # beside the token that starts a document, and the reply
         probes = [
-            self._world.retrieval(kind, "heldout", 0, length=length, depth=0.5, size=size) for kind in KINDS
+            self._world.retrieval(kind, "heldout", 0, length=room, depth=0.5, size=size) for kind in KINDS
         ]
-        replies = ask(base, tokenizer, [probe.prompt for probe in probes], max_tokens=8)
+        replies = ask(base, tokenizer, [probe.prompt for probe in probes], max_tokens=_SAMPLE_TOKENS)
         return [
             {
                 "kind": probe.kind,

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from nurture.errors import NurtureError
+from nurture.evals import replies
+from nurture.evals.replies import Reply
 from nurture.model.config import ModelConfig, YarnConfig
 from nurture.model.hugging_face import load_model
 from nurture.model.transformer import Transformer
@@ -92,6 +94,24 @@ def test_an_interrupted_stage_goes_on(start: Path, tmp_path: Path, monkeypatch: 
         watched.setattr(extend, "find_again", stop)  # what was found is kept
         again = run(start, tmp_path / "again", probes=5)
     assert again["metrics"] == whole["metrics"]
+
+
+def test_a_probe_that_is_shown_leaves_room_for_its_reply(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without YaRN the context ends where the rows do: a prompt that fills it cannot be gone on with."""
+    asked: list[int] = []
+
+    def ask(model: Transformer, tokenizer: Tokenizer, prompts: list[str], *, max_tokens: int) -> list[Reply]:
+        asked.extend(1 + len(tokenizer.encode(prompt)) + max_tokens for prompt in prompts)
+        return replies.ask(model, tokenizer, prompts, max_tokens=max_tokens)
+
+    monkeypatch.setattr(extend, "ask", ask)
+    for length in (250, 254, 258):
+        run(start, tmp_path / str(length), sequence_length=length, yarn=None, probes=0, steps=1)
+        assert len(asked) == 3
+        assert max(asked) <= length
+        asked.clear()
 
 
 def test_theta_by_default_turns_the_slowest_pair_as_far_as_before() -> None:

@@ -27,6 +27,7 @@ from nurture.errors import NurtureError, did_you_mean
 from nurture.model.config import PRESETS, ModelConfig
 from nurture.model.heads import CHUNK
 from nurture.model.hugging_face import read_config
+from nurture.model.lora import adapter_count
 from nurture.stages.recipe import Recipe
 
 BYTES_OF_TEXT = 4.0
@@ -163,6 +164,7 @@ class Work:
         checkpointing: whether blocks are computed again in the backward pass.
         optimizer: adamw or muon.
         sources: tokens by source, where the mixture says so.
+        adapters: parameters of the adapters that are trained in place of the weights; 0: the weights are.
         frozen: parameters of models that are kept beside (reference, reward model).
         trained_beside: parameters of a second trained model (value model).
         generates: rows generated at once.
@@ -181,6 +183,7 @@ class Work:
     checkpointing: bool = False
     optimizer: str = "adamw"
     sources: dict[str, float] = field(default_factory=dict)
+    adapters: int = 0
     frozen: int = 0
     trained_beside: int = 0
     generates: int = 0
@@ -221,6 +224,7 @@ def stage_work(config: Any, shape: ModelConfig) -> Work | None:
     length, batch = config.sequence_length, config.batch_size * config.sequence_length
     steps, tokens, minutes = config.steps, getattr(config, "tokens", None), config.minutes
     generates, frozen, beside = 0, 0, 0
+    lora = getattr(config, "lora", None)  # a policy with adapters is its own reference
     per_token = 3 * forward_operations(shape, length)
     if hasattr(config, "prompts_per_step"):
         # Reinforcement learning: one step is rollouts and the updates on them.
@@ -230,7 +234,7 @@ def stage_work(config: Any, shape: ModelConfig) -> Work | None:
         size = shape.parameter_count()
         critic = size if hasattr(config, "value_optimizer") else 0
         learned = size if getattr(config, "reward_model", None) else 0
-        frozen, beside = size + learned, critic
+        frozen, beside = learned + (0 if lora else size), critic
         operations = reinforcement_operations(
             size, episodes=1, length=1, epochs=config.epochs, reward=learned, value=critic
         )
@@ -239,7 +243,7 @@ def stage_work(config: Any, shape: ModelConfig) -> Work | None:
         tokens = steps * batch
     if config.kind == "preference":
         # The reference scores every token once.
-        frozen, per_token = shape.parameter_count(), per_token * 4 / 3
+        frozen, per_token = 0 if lora else shape.parameter_count(), per_token * 4 / 3
     known = tokens is not None or minutes is not None
     return Work(
         name=config.name,
@@ -252,6 +256,7 @@ def stage_work(config: Any, shape: ModelConfig) -> Work | None:
         checkpointing=config.execution.checkpoint_activations,
         optimizer=config.optimizer.kind,
         sources=_tokens_by_source(config, tokens, batch) if tokens else {},
+        adapters=adapter_count(shape, lora) if lora else 0,
         frozen=frozen,
         trained_beside=beside,
         generates=generates,
@@ -292,11 +297,15 @@ def memory_parts(shape: ModelConfig, work: Work, devices: int) -> dict[str, floa
     size = shape.parameter_count()
     embeddings = shape.vocab_size * shape.width
     block = (size - embeddings * (1 if shape.tied_embeddings else 2)) / shape.layers
-    moments = 8.0 if work.optimizer == "adamw" else 4.0 + 4.0 * embeddings / size
+    trained = work.adapters or size
+    adam = (
+        1.0 if work.optimizer == "adamw" else 0.0 if work.adapters else embeddings / size
+    )  # what has two moments
     parts = {
         "weights": 4.0 * size / shards,
-        "gradients": 4.0 * size / shards,
-        "optimizer": moments * size / shards,
+        "adapters": 4.0 * work.adapters / shards,
+        "gradients": 4.0 * trained / shards,
+        "optimizer": 4.0 * (1.0 + adam) * trained / shards,
         "bf16 copies": 2.0 * (block if work.checkpointing else size),
         "gathered": 0.0 if shards == 1 else 4.0 * (2 * block + 2 * embeddings),
         "activations": activation_bytes(shape, work.checkpointing) * work.microbatch_tokens,

@@ -22,6 +22,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from nurture.model.config import ModelConfig
 from nurture.recipe import Section
 
 _ORIGINAL = ".parametrizations.weight.original"
@@ -72,6 +73,19 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
         inside = _block_of(name) >= first and name.rsplit(".", 1)[-1] in config.targets
         if inside or module.out_features == 1:
             parametrize.register_parametrization(module, "weight", Adapter(module.weight, config))
+
+
+def adapter_count(shape: ModelConfig, config: LoraConfig) -> int:
+    """Return the parameters that `add_adapters` adds to a model of `shape`: rank (rows + columns) of each matrix."""
+    width, heads = shape.width, shape.heads * shape.head_width
+    rows_and_columns = {
+        "qkv": heads + 2 * shape.kv_heads * shape.head_width + width,
+        "out": width + heads,
+        "gate_up": 2 * shape.ffn_width + width,
+        "down": width + shape.ffn_width,
+    }
+    block = sum(rows_and_columns[target] for target in config.targets)
+    return config.rank * min(config.layers or shape.layers, shape.layers) * block
 
 
 def _block_of(name: str) -> int:

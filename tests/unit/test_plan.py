@@ -63,6 +63,10 @@ def test_memory_by_part():
     assert saved["activations"] < parts["activations"]
     assert plan.memory_parts(SMALL, replace(work, optimizer="muon"), 1)["optimizer"] < parts["optimizer"]
     assert plan.memory_parts(SMALL, replace(work, generates=8), 1)["KV cache"] == 4 * 2 * 1 * 4 * 16 * 8
+    adapted = plan.memory_parts(SMALL, replace(work, adapters=10), 1)
+    assert (adapted["adapters"], adapted["gradients"], adapted["optimizer"]) == (40, 40, 80)
+    assert adapted["weights"] == parts["weights"]
+    assert plan.memory_parts(SMALL, replace(work, adapters=10, optimizer="muon"), 1)["optimizer"] == 40
     assert (
         plan.memory_parts(SMALL, replace(work, frozen=10, trained_beside=10), 1)["other models"] == 40 + 160
     )

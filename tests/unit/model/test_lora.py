@@ -11,7 +11,7 @@ from nurture.checkpoint import load_state, save_state
 from nurture.inference.engine import Engine
 from nurture.inference.sampling import SamplingParams
 from nurture.model.config import ModelConfig
-from nurture.model.lora import LoraConfig, adapters, adapters_off, add_adapters
+from nurture.model.lora import LoraConfig, adapter_count, adapters, adapters_off, add_adapters
 from nurture.model.parallel import whole_model
 from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, build_optimizer
@@ -68,6 +68,16 @@ def test_only_adapters_are_trained() -> None:
         assert parameter.requires_grad == (name not in frozen)
         if name in frozen:
             assert torch.equal(parameter, frozen[name])
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(), LoraConfig(rank=3, layers=1), LoraConfig(layers=9, targets=("qkv", "down"))]
+)
+def test_they_are_counted_without_a_model(config: LoraConfig) -> None:
+    model = Transformer(CONFIG)
+    add_adapters(model, config)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapter_count(CONFIG, config) == trained > 0
 
 
 def test_with_few_layers_the_gradient_stops_below_them() -> None:

@@ -99,7 +99,7 @@ def test_four_lose_one_and_start_again_then_two_go_on_then_one(tmp_path: Path) -
 
 SMALL = """
 name: small
-model: {width: 32, layers: 2, heads: 2, kv_heads: 1, ffn_width: 64, max_position: 256}
+model: {width: 32, layers: 2, heads: 2, kv_heads: 1, ffn_width: 64, max_position: 512}
 tokenizer: {vocab_size: 400, sample_bytes: 50000}
 stages:
   - {kind: pretrain, sources: {web: world:web}, steps: 2, batch_size: 4, sequence_length: 64, heldout_tokens: 256}
@@ -112,26 +112,65 @@ stages:
     batch_size: 4
     sequence_length: 128
     loop: {save_every: 2, log_every: 1}
+  - kind: reward
+    data: {tasks: world:tasks}
+    comparisons: 24
+    heldout_comparisons: 8
+    answer_tokens: 8
+    best_of: 2
+    best_of_prompts: 2
+    steps: 2
+    batch_size: 4
+    sequence_length: 512
+  - kind: ppo
+    start: sft
+    reward_model: reward
+    data: {tasks: world:tasks}
+    prompts: 40
+    heldout_prompts: 4
+    steps: 4
+    prompts_per_step: 4
+    group_size: 2
+    batch_size: 8
+    epochs: 1
+    max_tokens: 12
+    sequence_length: 128
+    loop: {save_every: 1, log_every: 1}
 """
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in two processes, undisturbed."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "small.yaml").write_text(SMALL)
+    words = ("run", str(folder / "small.yaml"), "--out", str(folder / "straight"))
+    torchrun("dying_nurture.py", "nobody:0", *words, processes=2)
+    return folder / "straight"
+
+
 @pytest.mark.slow
-def test_a_run_whose_rank_is_killed_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
-    """`nurture run` under torchrun: rank 1 is killed in SFT, before its sixth update; the state after four goes on."""
-    (tmp_path / "small.yaml").write_text(SMALL)
-    straight, disturbed = tmp_path / "straight", tmp_path / "disturbed"
-    words = ("run", str(tmp_path / "small.yaml"), "--out")
-    torchrun("dying_nurture.py", "nobody:0", *words, str(straight), processes=2)
-    shutil.copytree(straight, disturbed)
-    shutil.rmtree(disturbed / "02-sft")
-    out = torchrun("dying_nurture.py", "1:5", *words, str(disturbed), processes=2, restarts=1)
+@pytest.mark.parametrize(
+    ("stage", "updates", "curves"),
+    [("02-sft", 5, ["train/loss"]), ("04-ppo", 5, ["rl/reward_mean", "rl/value_loss"])],
+)
+def test_a_run_whose_rank_is_killed_ends_with_the_weights_of_an_undisturbed_one(
+    straight: Path, tmp_path: Path, stage: str, updates: int, curves: list[str]
+) -> None:
+    """`nurture run` under torchrun: rank 1 is killed before a later update of a stage; its last state goes on."""
+    disturbed = tmp_path / "disturbed"
+    shutil.copytree(straight, disturbed, symlinks=True)
+    shutil.rmtree(disturbed / stage)
+    words = ("run", str(straight.parent / "small.yaml"), "--out", str(disturbed), "--until", stage[3:])
+    out = torchrun("dying_nurture.py", f"1:{updates}", *words, processes=2, restarts=1)
     assert "exitcode: -9" in out
-    assert "02-sft: was interrupted, goes on" in out
-    results = [json.loads((run / "02-sft/result.json").read_text()) for run in (straight, disturbed)]
+    assert f"{stage}: was interrupted, goes on" in out
+    results = [json.loads((run / stage / "result.json").read_text()) for run in (straight, disturbed)]
     assert results[0]["tokens"] == results[1]["tokens"]
     assert results[0]["metrics"] == results[1]["metrics"]  # also those of before training, remembered
-    assert curve(disturbed / "02-sft") == curve(straight / "02-sft")
-    weights = [(run / "02-sft/model/model.safetensors").read_bytes() for run in (straight, disturbed)]
+    for key in curves:
+        assert curve(disturbed / stage, key) == curve(straight / stage, key)
+    weights = [(run / stage / "model/model.safetensors").read_bytes() for run in (straight, disturbed)]
     assert weights[0] == weights[1]
 
 

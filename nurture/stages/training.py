@@ -224,9 +224,11 @@ def plan_steps(
         steps = min(steps, default_steps)
     steps = int(processes.agree(steps))
     if steps < 1:
+        kept = plan_file.with_name("before.json").exists()
+        again = " Started again as it is, it need not measure the start once more." if kept else ""
         raise NurtureError(
-            f"stage '{config.name}': {config.minutes} minutes are too short; reading the data and measuring took "
-            f"{spent:.0f} s already. Give it more minutes or a smaller model."
+            f"stage '{config.name}': {config.minutes} minutes are too short; reading the data and measuring take "
+            f"{spent:.0f} s of them. Give it more minutes, less to measure, or a smaller model.{again}"
         )
     if processes.is_main:
         make_directory(plan_file.parent)

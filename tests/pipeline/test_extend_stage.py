@@ -127,3 +127,7 @@ def test_mistakes_are_named(start: Path, tmp_path: Path) -> None:
         run(None, tmp_path / "none")
     with pytest.raises(NurtureError, match=r"multiple of|does not divide"):
         run(start, tmp_path / "shared", context_parallel=2)
+    with pytest.raises(
+        NurtureError, match=r"too short; reading .* Started again as it is, it need not measure"
+    ):
+        run(start, tmp_path / "hurried", steps=None, minutes=0.001)

@@ -79,18 +79,18 @@ def difference(before: Measure, after: Measure) -> Measure:
     return Measure(change, after.n, low, high)
 
 
-def over_runs(values: Sequence[float], share: bool = False) -> Measure:
+def over_runs(values: Sequence[float], bounds: tuple[float, float] = (-math.inf, math.inf)) -> Measure:
     """Return the mean of one number from several runs with Student's 95 % interval, none for a single run.
 
     Args:
-        share: the number is a share, so that the interval ends at 0 and 1.
+        bounds: what the number can be, (0, 1) for a share: the interval ends there.
     """
     runs = len(values)
     if runs < 2:
         return Measure(fmean(values), runs)
     half = _student(runs - 1) * stdev(values) / math.sqrt(runs)
     low, high = fmean(values) - half, fmean(values) + half
-    return Measure(fmean(values), runs, *((max(low, 0.0), min(high, 1.0)) if share else (low, high)))
+    return Measure(fmean(values), runs, max(low, bounds[0]), min(high, bounds[1]))
 
 
 def _student(freedom: int) -> float:

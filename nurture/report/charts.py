@@ -31,6 +31,7 @@ class Line:
         intervals: (low, high) of every point, drawn as bars.
         marks: draw a dot at every point.
         joined: draw the line between the points.
+        run: which of several runs it is from: they share colours, and the legend names each once, by its dashes.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Line:
     intervals: Sequence[tuple[float, float]] = ()
     marks: bool = False
     joined: bool = True
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -202,11 +204,20 @@ def _drawn(line: Line, x_axis: _Axis, y_axis: _Axis) -> Markup:
 
 
 def _legend(lines: Sequence[Line]) -> Markup:
-    entries: dict[str, Line] = {}
+    named, runs = dict[str, Line](), dict[str, Line]()
     for line in lines:
-        entries.setdefault(line.name, line)
+        named.setdefault(line.name, line)
+        runs.setdefault(line.run, line)
+    entries = [(name, f"c{line.colour % COLOURS} d{line.dashes}") for name, line in named.items()]
+    if any(runs):
+        # Lines of one source are known by their dashes, those of several by colours too; every run is named once.
+        one = len(entries) == 1
+        colours = [] if one else [(name, f"c{line.colour % COLOURS} d0") for name, line in named.items()]
+        entries = colours + [
+            (run, f"c{line.colour % COLOURS if one else 'n'} d{line.dashes}") for run, line in runs.items()
+        ]
     if len(entries) < 2:
         return Markup()
-    sign = Markup('<li><svg viewBox="0 0 26 8"><path class="line c{0} d{1}" d="M1 4H25"/></svg>{2}</li>')
-    items = [sign.format(line.colour % COLOURS, line.dashes, escape(name)) for name, line in entries.items()]
+    sign = Markup('<li><svg viewBox="0 0 26 8"><path class="line {0}" d="M1 4H25"/></svg>{1}</li>')
+    items = [sign.format(style, escape(name)) for name, style in entries]
     return Markup('<ul class="legend">{0}</ul>').format(Markup().join(items))

@@ -328,11 +328,10 @@ def _curves(row: Row, title: str, unit: str, names: Sequence[str], run_names: Se
     labels = labels if len(set(labels)) == len(labels) else list(names)
     for colour, (name, short) in enumerate(zip(names, labels, strict=True)):
         for run, record in enumerate(row.records):
-            label = short
-            label = f"{label}, {run_names[run]}" if several else label
             points = record.curves.get(name, [])
             dashes = (run if several else colour) % 4
-            lines.append(Line(label, points, colour, dashes, marks=len(points) < 20))
+            of = run_names[run] if several else ""
+            lines.append(Line(short, points, colour, dashes, marks=len(points) < 20, run=of))
     return line_chart(title, lines, x_label="step", y_label=unit)
 
 

@@ -8,6 +8,7 @@ that has the measure. Of several runs of one recipe, stages are matched by name.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +111,8 @@ class StageRecord:
     def change(self, name: str) -> Measure | None:
         """Return what the stage changed in a measure, None where nothing was measured before it."""
         after, before = self.measure(name), self.measure(name, "before")
-        earlier = (parent.measure(name) for parent in self.lineage)
+        # A win rate is against what the stage started from, so that two of them have no opponent in common.
+        earlier = () if name.endswith("win_rate") else (parent.measure(name) for parent in self.lineage)
         unpaired = (
             Measure(found.value, found.n, found.low, found.high) for found in earlier if found is not None
         )
@@ -190,14 +192,15 @@ def _row(records: Sequence[StageRecord]) -> Row:
     values: dict[str, Measure] = {}
     changes: dict[str, Measure] = {}
     for name in names:
-        for table, found in (
-            (values, [record.measure(name) for record in records]),
-            (changes, [record.change(name) for record in records]),
+        most = 1.0 if name.split("/")[0] in RATES else math.inf
+        least = 0.0 if name.split("/")[0] in RATES else -math.inf
+        for table, found, bounds in (
+            (values, [record.measure(name) for record in records], (least, most)),
+            (changes, [record.change(name) for record in records], (-most, most)),
         ):
             known = [measure for measure in found if measure is not None]
             if len(known) == len(records):
-                share = table is values and name.split("/")[0] in RATES
-                table[name] = known[0] if len(known) == 1 else over_runs([m.value for m in known], share)
+                table[name] = known[0] if len(known) == 1 else over_runs([m.value for m in known], bounds)
     return Row(records, values, changes)
 
 

@@ -68,7 +68,7 @@ def test_the_spread_between_runs() -> None:
         pytest.approx(2 - 2.4843, abs=1e-3),
         pytest.approx(2 + 2.4843, abs=1e-3),
     )
-    shares = over_runs([0.1, 0.2, 0.9], share=True)
+    shares = over_runs([0.1, 0.2, 0.9], (0, 1))
     assert (shares.low, shares.high) == (0.0, 1.0)  # 0.4 +- 1.08
     assert over_runs([4.0]) == Measure(4.0, 1)
     many = over_runs([0.0, 1.0] * 15 + [0.5])

@@ -167,6 +167,21 @@ def test_several_runs_become_means_with_the_spread_between_them(tmp_path: Path) 
     assert merged(read_rows(runs), runs)["run"] == "seed0, seed1, seed2"
 
 
+def test_an_interval_ends_where_no_number_can_be(tmp_path: Path) -> None:
+    runs = [tmp_path / f"seed{seed}" for seed in range(3)]
+    for run, after in zip(runs, (0.7, 1.0, 1.0), strict=True):
+        stage(run, 1, "sft", {"facts": entry(after, before=0.0), "kl": entry(after, before=0.0)})
+    changes = read_rows(runs)[0].changes
+    assert changes["facts"].high == 1.0
+    assert (changes["kl"].high or 0) > 1.0
+
+
+def test_win_rates_against_different_models_are_not_compared(tmp_path: Path) -> None:
+    stage(tmp_path, 1, "ppo", {"gold_win_rate": entry(0.7), "gold_reward": entry(0.7)}, kind="ppo")
+    stage(tmp_path, 2, "merge", {"gold_win_rate": entry(0.5), "gold_reward": entry(0.8)}, start="mark-ppo")
+    assert set(read_rows([tmp_path])[1].changes) == {"gold_reward"}
+
+
 def test_runs_without_a_common_stage_are_refused(tmp_path: Path) -> None:
     stage(tmp_path / "a", 1, "x", {})
     stage(tmp_path / "b", 1, "y", {})
@@ -237,6 +252,23 @@ def test_what_cannot_be_drawn_is_left_out() -> None:
     many = line_chart("t", [Line("a", [(x, float(x)) for x in range(5000)])], x_label="x", y_label="y")
     assert len(places(many)) <= 300
     assert places(many)[-1][0] == 426.0
+
+
+def legend(lines: list[Line]) -> list[tuple[str, str]]:
+    chart = line_chart("t", lines, x_label="x", y_label="y")
+    return re.findall(
+        r'<li><svg viewBox="0 0 26 8"><path class="line (c\w d\d)" d="M1 4H25"/></svg>([^<]+)</li>', chart
+    )
+
+
+def test_the_legend_names_every_source_and_every_run_once() -> None:
+    points = [(1, 2.0), (2, 3.0)]
+    assert legend([Line("a", points)]) == []
+    assert legend([Line("a", points), Line("b", points, 1, 1)]) == [("c0 d0", "a"), ("c1 d1", "b")]
+    one = [Line("a", points, run="s0"), Line("a", points, dashes=1, run="s1")]
+    assert legend(one) == [("c0 d0", "s0"), ("c0 d1", "s1")]
+    two = [*one, Line("b", points, 1, run="s0"), Line("b", points, 1, 1, run="s1")]
+    assert legend(two) == [("c0 d0", "a"), ("c1 d0", "b"), ("cn d0", "s0"), ("cn d1", "s1")]
 
 
 def test_charts_escape_what_they_are_given() -> None:

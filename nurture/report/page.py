@@ -237,7 +237,7 @@ def _interval(name: str, measure: Measure, sign: bool = False) -> str:
         return f"{_signed(name, measure.low)} to {_signed(name, measure.high)}"
     if _kind(name) in RATES:
         return f"{100 * measure.low:.1f} to {100 * measure.high:.1f}"
-    return f"{measure.low:.3f} to {measure.high:.3f}"
+    return f"{_number(name, measure.low)} to {_number(name, measure.high)}"
 
 
 def _kind(name: str) -> str:

@@ -4,6 +4,7 @@ A matrix W (out, in) becomes W + alpha/rank * B A with A (rank, in) drawn at ran
 model starts as it was. Only A and B are trained: moments and gradients shrink to them, and one copy of the weights
 serves as policy (adapters on) and as reference (`adapters_off`). The correction is applied to the weight, not beside
 it: whoever reads `linear.weight`, the engine's decoder too, reads the corrected matrix. `merged_weights` writes it out.
+The gradient of a whole matrix, a third of the work of training, is never made (`AdaptableLinear`).
 
 Main failure mode: a rank too small for the task; the loss then stays above that of full training.
 
@@ -15,11 +16,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from nurture.model.config import ModelConfig
@@ -57,6 +59,48 @@ class Adapter(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the corrected matrix, or `weight` itself while adapters are off."""
         return weight + self.scale * (self.up @ self.down) if self.enabled else weight
+
+
+class AdaptableLinear(nn.Linear):
+    """A matrix without bias that may get an adapter; trained, it makes the adapter's gradients alone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x W'^T, (..., out), for x (..., in) and the corrected matrix W'."""
+        if not (torch.is_grad_enabled() and parametrize.is_parametrized(self, "weight")):
+            return super().forward(input)
+        corrected = cast(Any, self.parametrizations).weight
+        original, adapter = corrected.original, corrected[0]
+        if not adapter.enabled or isinstance(original, DTensor):
+            return super().forward(input)
+        return _CorrectedProduct.apply(input, original, adapter.down, adapter.up, adapter.scale)
+
+
+class _CorrectedProduct(torch.autograd.Function):
+    """x W'^T with W' = W + s B A, the forward pass of the corrected matrix itself.
+
+    For y = x W'^T and a gradient g of y: dx = g W', dB = s g^T (x A^T), dA = s (g B)^T x. What torch derives goes
+    through dW' = g^T x, as much work as the forward pass, to reach the same dB = s dW' A^T and dA = s B^T dW'.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, original: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        weight = original + scale * (up @ down)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, weight, down, up)
+        ctx.scale = scale
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
+        x, weight, down, up = ctx.saved_tensors
+        scaled = ctx.scale * gradient.flatten(0, -2)
+        rows = x.flatten(0, -2)
+        into_down = (scaled @ up.to(scaled.dtype)).T @ rows
+        into_up = scaled.T @ (rows @ down.to(rows.dtype).T)
+        into_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        return into_x, None, into_down.to(down.dtype), into_up.to(up.dtype), None
 
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:

@@ -29,6 +29,7 @@ from nurture.model.heads import (
     lm_logits,
     scalar_values,
 )
+from nurture.model.lora import AdaptableLinear
 from nurture.model.rope import head_tables, rotate, rotation_frequencies, rotation_tables
 
 if TYPE_CHECKING:
@@ -74,10 +75,10 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
         self.rotates = config.rotates(layer)
         # Rows: all query heads, then key heads, then value heads.
-        self.qkv = nn.Linear(
+        self.qkv = AdaptableLinear(
             config.width, (config.heads + 2 * config.kv_heads) * config.head_width, bias=False
         )
-        self.out = nn.Linear(config.heads * config.head_width, config.width, bias=False)
+        self.out = AdaptableLinear(config.heads * config.head_width, config.width, bias=False)
         self.q_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
 
@@ -110,8 +111,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         # Rows: gate, then up.
-        self.gate_up = nn.Linear(config.width, 2 * config.ffn_width, bias=False)
-        self.down = nn.Linear(config.ffn_width, config.width, bias=False)
+        self.gate_up = AdaptableLinear(config.width, 2 * config.ffn_width, bias=False)
+        self.down = AdaptableLinear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return what the feed-forward adds to the residual stream, (B, T, D)."""

@@ -6,12 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from nurture.checkpoint import load_state, save_state
 from nurture.inference.engine import Engine
 from nurture.inference.sampling import SamplingParams
 from nurture.model.config import ModelConfig
-from nurture.model.lora import LoraConfig, adapter_count, adapters, adapters_off, add_adapters
+from nurture.model.lora import (
+    AdaptableLinear,
+    Adapter,
+    LoraConfig,
+    adapter_count,
+    adapters,
+    adapters_off,
+    add_adapters,
+)
 from nurture.model.parallel import whole_model
 from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, build_optimizer
@@ -78,6 +87,47 @@ def test_they_are_counted_without_a_model(config: LoraConfig) -> None:
     add_adapters(model, config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert adapter_count(CONFIG, config) == trained > 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_are_those_through_the_whole_matrix(autocast: bool) -> None:
+    """Output bit for bit, gradients but for rounding, with and without the gradient of what comes in."""
+    torch.manual_seed(1)
+    dtype = torch.float32 if autocast else torch.float64
+    matrix = AdaptableLinear(24, 40, bias=False, dtype=dtype).requires_grad_(False)
+    adapter = Adapter(matrix.weight, LoraConfig(rank=5, alpha=7.0))
+    adapter.up.data.normal_()
+    parametrize.register_parametrization(matrix, "weight", adapter)
+    for needs in (True, False):
+        x = torch.randn(3, 7, 24, dtype=dtype).requires_grad_(needs)
+        out_gradient = torch.randn(3, 7, 40, dtype=dtype)
+        found = []
+        for forward in (AdaptableLinear.forward, torch.nn.Linear.forward):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = forward(matrix, x)
+            y.backward(out_gradient.to(y.dtype))
+            found.append([y, adapter.up.grad, adapter.down.grad, *([x.grad] if needs else [])])
+            adapter.zero_grad()
+            x.grad = None
+        assert torch.equal(found[0][0], found[1][0])
+        for mine, theirs in zip(found[0][1:], found[1][1:], strict=True):
+            scale = theirs.abs().max()
+            assert mine.dtype == theirs.dtype
+            assert (mine - theirs).abs().max() <= (2e-2 if autocast else 1e-12) * scale
+
+
+def test_a_compiled_block_with_adapters_trains_as_an_eager_one() -> None:
+    gradients = []
+    for compiled in (False, True):
+        model, _ = adapted()
+        if compiled:
+            for block in model.blocks:
+                block.compile(fullgraph=False)
+        model(TOKENS).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == 16
+    for eager, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, eager, atol=1e-6, rtol=1e-4)
 
 
 def test_with_few_layers_the_gradient_stops_below_them() -> None:

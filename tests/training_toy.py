@@ -18,6 +18,7 @@ from nurture.data.shards import Shard
 from nurture.losses.language import LanguageLoss
 from nurture.model.config import ModelConfig
 from nurture.model.hugging_face import save_model
+from nurture.model.lora import LoraConfig, add_adapters
 from nurture.model.parallel import prepare, whole_model
 from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, ScheduleConfig, build_optimizer
@@ -74,12 +75,16 @@ def toy_fit(
     pause: float = 0.0,
     tensor_parallel: int = 1,
     dies: str = "",
+    lora: bool = False,
 ) -> tuple[Transformer | None, FitReport]:
     """Train the toy model; returns its unsharded weights in the main process."""
     execution = decide_execution(
         ExecutionConfig(precision="fp32", compile="off", tensor_parallel=tensor_parallel)
     )
-    model = prepare(toy_model(), execution)
+    model = toy_model()
+    if lora:
+        add_adapters(model, LoraConfig(rank=4))
+    prepare(model, execution)
     report = fit(
         model,
         build_optimizer(model, OptimizerConfig(kind=optimizer, learning_rate=3e-3)),
@@ -107,6 +112,7 @@ if __name__ == "__main__":
         pause=float(options.get("pause", 0)),
         tensor_parallel=int(options.get("tensor_parallel", 1)),
         dies=options.get("dies", ""),
+        lora="lora" in options,
     )
     if result is not None:
         save_model(result, Path(target) / "model")

@@ -97,6 +97,25 @@ def test_four_lose_one_and_start_again_then_two_go_on_then_one(tmp_path: Path) -
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-2, msg=name)
 
 
+@pytest.mark.slow
+def test_adapters_train_in_two_processes_as_in_one(tmp_path: Path) -> None:
+    one, _ = toy_fit(tmp_path / "one", 8, lora=True)
+    torchrun("training_toy.py", str(tmp_path / "two"), "8", "lora=on", processes=2)
+    losses = curve(tmp_path / "one")
+    assert losses[-1] < losses[0] - 0.05
+    assert curve(tmp_path / "two") == pytest.approx(losses, rel=2e-4)
+    assert curve(tmp_path / "two", "train/grad_norm") == pytest.approx(
+        curve(tmp_path / "one", "train/grad_norm"), rel=2e-3
+    )
+    from nurture.model.hugging_face import load_model
+
+    assert one is not None
+    for (name, mine), theirs in zip(
+        load_model(tmp_path / "two/model").named_parameters(), one.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-2, msg=name)
+
+
 SMALL = """
 name: small
 model: {width: 32, layers: 2, heads: 2, kv_heads: 1, ffn_width: 64, max_position: 512}

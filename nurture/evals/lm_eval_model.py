@@ -13,18 +13,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nurture.evals.likelihood import score_continuations
 from nurture.inference.chat import load_chat_model
-from nurture.inference.engine import Engine
+from nurture.inference.engine import Completion, Engine
 from nurture.inference.sampling import SamplingParams
+from nurture.progress import Bar, progress_bar
 
-_BLOCK = 64
+_BLOCK = 32
 """Tokens written between two looks for a stop string."""
+_ROWS = 16
+"""Texts written side by side."""
 
 
 @register_model("nurture")
@@ -97,43 +99,66 @@ class NurtureLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes after each context, cut at the first stop string."""
-        texts = []
-        for request in requests:
-            context, settings = request.args
-            until = settings.get("until") or []
-            until = [until] if isinstance(until, str) else list(until)
+        alike: dict[tuple[int, float, float], list[int]] = {}
+        for place, request in enumerate(requests):
+            settings = request.args[1]
             limit = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or self.max_gen_toks)
             sampled = settings.get("do_sample", False)
             temperature = float(settings.get("temperature") or 0.0) if sampled else 0.0
-            prompt = self.tok_encode(context)[-(self.max_length - limit) :]
-            texts.append(self._write(prompt, until, limit, temperature, float(settings.get("top_p") or 1.0)))
+            key = (limit, temperature, float(settings.get("top_p") or 1.0))
+            alike.setdefault(key, []).append(place)
+        texts = [""] * len(requests)
+        with progress_bar("texts", len(requests), show=not disable_tqdm, stays=False) as bar:
+            for (limit, temperature, top_p), places in alike.items():
+                contexts = [requests[place].args[0] for place in places]
+                stops = [_stop_strings(requests[place].args[1]) for place in places]
+                written = self._write(contexts, stops, limit, temperature, top_p, bar)
+                for place, text in zip(places, written, strict=True):
+                    texts[place] = text
         return texts
 
     def _write(
-        self, prompt: list[int], until: list[str], limit: int, temperature: float, top_p: float
-    ) -> str:
-        """Generate in blocks until a stop string, the end of the text, or the limit."""
-        engine, written = Engine(self.model), list[int]()
+        self,
+        contexts: Sequence[str],
+        stops: Sequence[list[str]],
+        limit: int,
+        temperature: float,
+        top_p: float,
+        bar: Bar,
+    ) -> list[str]:
+        """Generate side by side, in blocks until a stop string, the end of the text, or the limit."""
         ends = frozenset({self.eot_token_id, *self._tokenizer.stop_token_ids})
-        while len(written) < limit:
-            params = SamplingParams(
-                max_tokens=min(_BLOCK, limit - len(written)),
-                temperature=temperature,
-                top_p=top_p,
-                stop_token_ids=tuple(ends),
-                seed=len(written),
-            )
-            with torch.inference_mode():
-                (completion,) = engine.generate([[*prompt, *written]], params)
-            written += completion.token_ids
-            text = self._tokenizer.decode(
-                [token for token in written if token not in ends], skip_special=True
-            )
-            if any(stop and stop in text for stop in until) or completion.finish_reason == "stop":
-                break
-        for stop in filter(None, until):
-            text = text.split(stop)[0]
-        return text
+        params = SamplingParams(
+            max_tokens=min(_BLOCK, limit), temperature=temperature, top_p=top_p, stop_token_ids=tuple(ends)
+        )
+        written: list[list[int]] = [[] for _ in contexts]
+
+        def text(index: int) -> str:
+            kept = [token for token in written[index][:limit] if token not in ends]
+            return self._tokenizer.decode(kept, skip_special=True)
+
+        def go_on(turns: list[tuple[int, Completion]]) -> list[list[int] | None]:
+            answers: list[list[int] | None] = []
+            for index, turn in turns:
+                written[index] += turn.token_ids
+                over = turn.finish_reason == "stop" or len(written[index]) >= limit
+                over = over or any(stop in text(index) for stop in stops[index])
+                answers.append(None if over else [])
+            bar.advance(answers.count(None))
+            return answers
+
+        prompts = [self.tok_encode(context)[-(self.max_length - limit) :] for context in contexts]
+        Engine(self.model, max_batch=_ROWS).converse(prompts, go_on, params)
+        texts = [text(index) for index in range(len(contexts))]
+        for index, cuts in enumerate(stops):
+            for stop in cuts:
+                texts[index] = texts[index].split(stop)[0]
+        return texts
+
+
+def _stop_strings(settings: dict[str, Any]) -> list[str]:
+    until = settings.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
 
 
 if __name__ == "__main__":

@@ -163,6 +163,7 @@ class Work:
         microbatch_tokens: tokens that one device holds at once, as the recipe has it.
         checkpointing: whether blocks are computed again in the backward pass.
         optimizer: adamw or muon.
+        is_fp32: it computes in float32, by its recipe; else in bf16.
         sources: tokens by source, where the mixture says so.
         adapters: parameters of the adapters that are trained in place of the weights; 0: the weights are.
         frozen: parameters of models that are kept beside (reference, reward model).
@@ -182,6 +183,7 @@ class Work:
     microbatch_tokens: int
     checkpointing: bool = False
     optimizer: str = "adamw"
+    is_fp32: bool = False
     sources: dict[str, float] = field(default_factory=dict)
     adapters: int = 0
     frozen: int = 0
@@ -255,6 +257,7 @@ def stage_work(config: Any, shape: ModelConfig) -> Work | None:
         microbatch_tokens=max(config.execution.microbatch_tokens, length),
         checkpointing=config.execution.checkpoint_activations,
         optimizer=config.optimizer.kind,
+        is_fp32=config.execution.precision == "fp32",
         sources=_tokens_by_source(config, tokens, batch) if tokens else {},
         adapters=adapter_count(shape, lora) if lora else 0,
         frozen=frozen,
@@ -306,9 +309,11 @@ def memory_parts(shape: ModelConfig, work: Work, devices: int) -> dict[str, floa
         "adapters": 4.0 * work.adapters / shards,
         "gradients": 4.0 * trained / shards,
         "optimizer": 4.0 * (1.0 + adam) * trained / shards,
-        "bf16 copies": 2.0 * (block if work.checkpointing else size),
+        "bf16 copies": 0.0 if work.is_fp32 else 2.0 * (block if work.checkpointing else size),
         "gathered": 0.0 if shards == 1 else 4.0 * (2 * block + 2 * embeddings),
-        "activations": activation_bytes(shape, work.checkpointing) * work.microbatch_tokens,
+        "activations": (1 + work.is_fp32)
+        * activation_bytes(shape, work.checkpointing)
+        * work.microbatch_tokens,
         "logits": 8.0 * min(CHUNK, work.microbatch_tokens) * shape.vocab_size,
         "other models": (4.0 * work.frozen + 16.0 * work.trained_beside) / shards,
     }

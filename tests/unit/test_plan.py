@@ -63,6 +63,10 @@ def test_memory_by_part():
     assert saved["activations"] < parts["activations"]
     assert plan.memory_parts(SMALL, replace(work, optimizer="muon"), 1)["optimizer"] < parts["optimizer"]
     assert plan.memory_parts(SMALL, replace(work, generates=8), 1)["KV cache"] == 4 * 2 * 1 * 4 * 16 * 8
+    wide = plan.memory_parts(SMALL, replace(work, is_fp32=True), 1)
+    assert wide["activations"] == 2 * parts["activations"]
+    assert "bf16 copies" in parts
+    assert "bf16 copies" not in wide
     adapted = plan.memory_parts(SMALL, replace(work, adapters=10), 1)
     assert (adapted["adapters"], adapted["gradients"], adapted["optimizer"]) == (40, 40, 80)
     assert adapted["weights"] == parts["weights"]

@@ -19,6 +19,7 @@ import torch
 from nurture.evals.measure import Measure, rate
 from nurture.model.heads import lm_logits
 from nurture.model.transformer import Transformer
+from nurture.progress import tracked
 from nurture.runtime import Execution
 from nurture.tokenizer import Tokenizer
 from nurture.world import World
@@ -81,7 +82,7 @@ def _answered(
     device = model.embedding.weight.device
     at_once = max(1, _TOKENS_AT_ONCE // length)
     outcomes = []
-    for first in range(0, len(probes), at_once):
+    for first in tracked(range(0, len(probes), at_once), f"probes of {length} tokens", stays=False):
         part = probes[first : first + at_once]
         width = max(len(prompt) + len(answer) for prompt, answer in part) - 1
         token_ids = torch.zeros(len(part), width, dtype=torch.int64)

@@ -70,17 +70,20 @@ def _moves(name: str, points: list[Mapping[str, Any]]) -> bool:
 
 
 def _table(key: str, names: list[str], points: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return a row for every measure and a column for every size, of which there are fewer."""
+    seeds = len({point["seed"] for point in points}) > 1
+    sizes = [f"{point['value']:,}" + (f", seed {point['seed']}" if seeds else "") for point in points]
     rows = []
-    for point in points:
+    for name in names:
         cells = []
-        for name in names:
+        for point in points:
             entry = point["metrics"][name]
             value = {"value": entry["after"], "low": entry.get("low"), "high": entry.get("high")}
             cells.append(
                 share(value) if is_rate(name) and value["low"] is not None else f"{entry['after']:.3f}"
             )
-        rows.append([f"{point['value']:,}", str(point["seed"]), *cells])
-    return {"title": "Measured", "columns": [key, "seed", *names], "rows": rows}
+        rows.append([name, *cells])
+    return {"title": f"Measured, by {key}", "columns": ["measure", *sizes], "rows": rows}
 
 
 def _fits(laws: Mapping[str, PowerLaw], names: list[str]) -> dict[str, Any]:

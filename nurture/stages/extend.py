@@ -100,7 +100,7 @@ def run(config: Config, context: StageContext) -> None:
         probes.look("without yarn", [reach])
         stretched = YarnConfig(factor=config.yarn, original_max_position=config.sequence_length)
         set_rotation(session.model, max_position=reach, yarn=stretched)
-    probes.look("after", [*_doubled(trained, config.sequence_length), reach])
+    probes.look("after", list(dict.fromkeys([*_doubled(trained, config.sequence_length), reach])))
     after = heldout_bits() | reading.shares
     base = session.whole()
     if base is None:

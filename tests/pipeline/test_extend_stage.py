@@ -96,6 +96,11 @@ def test_an_interrupted_stage_goes_on(start: Path, tmp_path: Path, monkeypatch: 
     assert again["metrics"] == whole["metrics"]
 
 
+def test_without_yarn_no_probe_counts_twice(start: Path, tmp_path: Path) -> None:
+    result = run(start, tmp_path / "stage", yarn=None, probes=5)
+    assert result["metrics"]["passkey/4x"]["n"] == 5
+
+
 def test_a_probe_that_is_shown_leaves_room_for_its_reply(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

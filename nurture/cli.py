@@ -862,6 +862,16 @@ def _console() -> Any:
 
 def main() -> None:
     """Run the command line and end the process with its exit code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _run()
+        return
+    from nurture.runtime import whole_process  # brings torch, which `--help` need not wait for
+
+    with whole_process():
+        _run()
+
+
+def _run() -> None:
     try:
         app(prog_name="nurture")
     except NurtureError as error:

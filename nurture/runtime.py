@@ -184,12 +184,31 @@ def join_processes(tensor_parallel: int = 1) -> Processes:
             dist.init_process_group(backend, store=store, rank=rank, world_size=everyone)
         else:
             dist.init_process_group(backend)
-        # An interpreter that ends around a living group now and then aborts ("terminate called"), and torchrun then
-        # counts finished work as failed.
         atexit.register(dist.destroy_process_group)
     mesh = _mesh(everyone // tensor_parallel, tensor_parallel)
     place = mesh["rows"].get_local_rank()
     return Processes(place, mesh["rows"].size(), tensor_parallel, mesh, dist.get_rank() == 0)
+
+
+@contextmanager
+def whole_process() -> Iterator[None]:
+    """Run the body as all of a process, which ends with it if it joined others.
+
+    Threads of the process group that have just finished a collective still want the interpreter's lock. In an
+    interpreter that is ending they get none, and the process aborts ("terminate called without an active exception"):
+    torchrun then counts finished work as failed. So a process whose work is done ends without the interpreter's own
+    ending; one that failed ends as ever.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if end.code:
+            raise
+    if dist.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def name_attempt(store: dist.Store, rank: int, everyone: int) -> str:

@@ -24,7 +24,7 @@ from nurture.model.parallel import prepare, whole_model
 from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, build_optimizer
 from nurture.rollout import Rollout, collate
-from nurture.runtime import decide_execution
+from nurture.runtime import decide_execution, whole_process
 from nurture.stages.context import StageContext
 from nurture.stages.ppo import ValueLoss
 from nurture.stages.rl import (
@@ -170,14 +170,15 @@ def toy_learn(
 
 
 if __name__ == "__main__":
-    target, count, *arguments = sys.argv[1:]
-    options = dict(argument.split("=") for argument in arguments)
-    result, _ = toy_learn(
-        Path(target),
-        int(count),
-        pause=float(options.get("pause", 0)),
-        loop={"log_every": 1, "save_every": int(options.get("save_every", 0)) or None},
-        batch_size=int(options.get("batch_size", 16)),
-    )
-    if result is not None:
-        save_model(result, Path(target) / "model")
+    with whole_process():
+        target, count, *arguments = sys.argv[1:]
+        options = dict(argument.split("=") for argument in arguments)
+        result, _ = toy_learn(
+            Path(target),
+            int(count),
+            pause=float(options.get("pause", 0)),
+            loop={"log_every": 1, "save_every": int(options.get("save_every", 0)) or None},
+            batch_size=int(options.get("batch_size", 16)),
+        )
+        if result is not None:
+            save_model(result, Path(target) / "model")

@@ -12,7 +12,7 @@ import torch
 from nurture.model.config import ModelConfig
 from nurture.model.parallel import prepare, row_order, whole_weights
 from nurture.model.transformer import Transformer
-from nurture.runtime import ExecutionConfig, decide_execution
+from nurture.runtime import ExecutionConfig, decide_execution, whole_process
 
 SHAPES = {
     "plain": ModelConfig(vocab_size=64, width=32, layers=2, heads=8, kv_heads=4, ffn_width=48, max_position=64),
@@ -67,9 +67,10 @@ def compare(shape: str, head: str, tensor_parallel: int, tokens: int) -> None:
 
 
 if __name__ == "__main__":
-    parts = int(sys.argv[1])
-    for tokens in (16, 13):
-        compare("plain", "lm", parts, tokens)
-    compare("qwen", "lm", parts, 16)
-    compare("plain", "scalar", parts, 16)
-    print("equal")
+    with whole_process():
+        parts = int(sys.argv[1])
+        for tokens in (16, 13):
+            compare("plain", "lm", parts, tokens)
+        compare("qwen", "lm", parts, 16)
+        compare("plain", "scalar", parts, 16)
+        print("equal")

@@ -22,7 +22,7 @@ from nurture.model.lora import LoraConfig, add_adapters
 from nurture.model.parallel import prepare, whole_model
 from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, ScheduleConfig, build_optimizer
-from nurture.runtime import ExecutionConfig, decide_execution
+from nurture.runtime import ExecutionConfig, decide_execution, whole_process
 from nurture.trainer import FitReport, LoopConfig, fit
 from nurture.types import Batch
 
@@ -102,17 +102,18 @@ def toy_fit(
 
 
 if __name__ == "__main__":
-    target, count, *settings = sys.argv[1:]
-    options = dict(setting.split("=") for setting in settings)
-    result, _ = toy_fit(
-        Path(target),
-        int(count),
-        optimizer=options.get("optimizer", "adamw"),
-        save_every=int(options.get("save_every", 0)) or None,
-        pause=float(options.get("pause", 0)),
-        tensor_parallel=int(options.get("tensor_parallel", 1)),
-        dies=options.get("dies", ""),
-        lora="lora" in options,
-    )
-    if result is not None:
-        save_model(result, Path(target) / "model")
+    with whole_process():
+        target, count, *settings = sys.argv[1:]
+        options = dict(setting.split("=") for setting in settings)
+        result, _ = toy_fit(
+            Path(target),
+            int(count),
+            optimizer=options.get("optimizer", "adamw"),
+            save_every=int(options.get("save_every", 0)) or None,
+            pause=float(options.get("pause", 0)),
+            tensor_parallel=int(options.get("tensor_parallel", 1)),
+            dies=options.get("dies", ""),
+            lora="lora" in options,
+        )
+        if result is not None:
+            save_model(result, Path(target) / "model")

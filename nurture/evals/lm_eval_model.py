@@ -141,8 +141,9 @@ class NurtureLM(TemplateLM):
             answers: list[list[int] | None] = []
             for index, turn in turns:
                 written[index] += turn.token_ids
+                so_far = text(index)
                 over = turn.finish_reason == "stop" or len(written[index]) >= limit
-                over = over or any(stop in text(index) for stop in stops[index])
+                over = over or any(stop in so_far for stop in stops[index])
                 answers.append(None if over else [])
             bar.advance(answers.count(None))
             return answers

@@ -187,16 +187,18 @@ def read_rows(directories: Sequence[Path]) -> list[Row]:
     return rows
 
 
+_ANY = (-math.inf, math.inf)
+
+
 def _row(records: Sequence[StageRecord]) -> Row:
     names = [name for name in records[0].metrics if all(name in record.metrics for record in records)]
     values: dict[str, Measure] = {}
     changes: dict[str, Measure] = {}
     for name in names:
-        most = 1.0 if name.split("/")[0] in RATES else math.inf
-        least = 0.0 if name.split("/")[0] in RATES else -math.inf
+        whole, change = ((0.0, 1.0), (-1.0, 1.0)) if name.split("/")[0] in RATES else (_ANY, _ANY)
         for table, found, bounds in (
-            (values, [record.measure(name) for record in records], (least, most)),
-            (changes, [record.change(name) for record in records], (-most, most)),
+            (values, [record.measure(name) for record in records], whole),
+            (changes, [record.change(name) for record in records], change),
         ):
             known = [measure for measure in found if measure is not None]
             if len(known) == len(records):

@@ -43,6 +43,12 @@ def test_processes_leave_their_group_before_the_interpreter_ends(tmp_path: Path)
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["False", "False"]
 
 
+def assert_alike(trained: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Check that the weights of two models are the same but for the order of sums."""
+    for (name, mine), theirs in zip(trained.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-2, msg=name)
+
+
 def curve(directory: Path, key: str = "train/loss") -> list[float]:
     written = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in written if key in line]
@@ -95,8 +101,7 @@ def test_four_lose_one_and_start_again_then_two_go_on_then_one(tmp_path: Path) -
     assert last.tokens == report.tokens  # the ledger: the same data, once
     assert one is not None
     assert again is not None
-    for (name, mine), theirs in zip(again.named_parameters(), one.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-2, msg=name)
+    assert_alike(again, one)
 
 
 @pytest.mark.slow
@@ -112,10 +117,7 @@ def test_adapters_train_in_two_processes_as_in_one(tmp_path: Path) -> None:
     from nurture.model.hugging_face import load_model
 
     assert one is not None
-    for (name, mine), theirs in zip(
-        load_model(tmp_path / "two/model").named_parameters(), one.parameters(), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-2, msg=name)
+    assert_alike(load_model(tmp_path / "two/model"), one)
 
 
 SMALL = """
@@ -211,6 +213,4 @@ def test_tensor_parallel_training_gives_the_curve_of_one(tmp_path: Path) -> None
     from nurture.model.hugging_face import load_model
 
     assert one is not None
-    cut = load_model(tmp_path / "cut/model")
-    for (name, mine), theirs in zip(cut.named_parameters(), one.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-2, msg=name)
+    assert_alike(load_model(tmp_path / "cut/model"), one)

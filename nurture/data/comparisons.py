@@ -242,12 +242,15 @@ class ComparisonBatches(PackedRows):
         mine = rank_rows(self.batch_size, rank, world_size)
         numbers = step * self.batch_size + np.arange(self.batch_size)[mine]
         order = {
-            epoch: shuffled(self.rows_per_epoch, "comparison rows", self.seed, epoch)
-            for epoch in sorted(set((numbers // self.rows_per_epoch).tolist()))
+            epoch: self.row_order(epoch) for epoch in sorted(set((numbers // self.rows_per_epoch).tolist()))
         }
         return self._batch(
             [int(order[n // self.rows_per_epoch][n % self.rows_per_epoch]) for n in numbers.tolist()]
         )
+
+    def row_order(self, epoch: int) -> np.ndarray:
+        """Return the numbers of all rows, (rows_per_epoch,) int64, in the order in which `epoch` reads them."""
+        return shuffled(self.rows_per_epoch, "comparison rows", self.seed, epoch)
 
     def _batch(self, rows: Sequence[int]) -> ComparisonBatch:
         contents = [[self._members[member] for member in self._bins[row]] for row in rows]

@@ -188,19 +188,27 @@ class PreferenceBatches(ComparisonBatches):
         most = max(len(preference.answers) for preference in self.preferences)
         self.reference_logprobs = np.zeros((len(self.preferences), most), dtype=np.float32)
 
+    def members(self, row: int) -> list[int]:
+        """Return the numbers of the preferences in a row."""
+        return list(self._bins[row])
+
     def in_order(
-        self, rows: int, rank: int = 0, world_size: int = 1
+        self, rows: int, rank: int = 0, world_size: int = 1, *, chosen: Sequence[int] | None = None
     ) -> Iterator[tuple[PreferenceBatch, list[list[int]]]]:
-        """Yield rank's share of every row once, `rows` at a time, with the numbers of the preferences in each row.
+        """Yield rank's share of the rows, `rows` at a time, with the numbers of the preferences in each row.
 
         All ranks yield equally often, as sharded models demand; a batch too many repeats another and has no numbers.
+
+        Args:
+            chosen: numbers of the rows; by default every row once, as packed.
         """
-        chunks = -(-self.rows_per_epoch // rows)
+        wanted = range(self.rows_per_epoch) if chosen is None else chosen
+        chunks = -(-len(wanted) // rows)
         for turn in range(-(-chunks // world_size)):
             index = turn * world_size + rank
             first = min(index, chunks - 1) * rows
-            chosen = range(first, min(first + rows, self.rows_per_epoch))
-            yield self._batch(chosen), [self._bins[row] for row in chosen] if index < chunks else []
+            here = wanted[first : first + rows]
+            yield self._batch(here), [self.members(row) for row in here] if index < chunks else []
 
     def _batch(self, rows: Sequence[int]) -> PreferenceBatch:
         batch = super()._batch(rows)

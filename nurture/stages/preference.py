@@ -2,7 +2,7 @@
 
 Input: a fine-tuned model and preferences in any written form (`prompt/chosen/rejected`, `responses/ranking`,
 `prompt/completion/label`), or those an earlier stage made (`stage:reward/comparisons.jsonl`, `stage:synthesize`). The
-reference, by default the start itself, is run over all of them once, and its logprobs are kept in the run's cache.
+reference, by default the start itself, is run once over those that are read; its logprobs are kept in the run's cache.
 Output: a model that makes the chosen likelier than the rejected. Preferences are packed (data/preference.py): a
 preference stage is a batch builder and a loss, the rest is `fit`.
 
@@ -31,7 +31,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
-from nurture.data.preference import Preference, PreferenceBatches, tokenise_judged, tokenise_preferences
+from nurture.data.preference import (
+    Preference,
+    PreferenceBatch,
+    PreferenceBatches,
+    tokenise_judged,
+    tokenise_preferences,
+)
 from nurture.data.rows import Row
 from nurture.data.sources import check_shares, is_endless, make_world, read_rows, thinned
 from nurture.errors import NurtureError
@@ -53,6 +59,7 @@ from nurture.model.hugging_face import load_model
 from nurture.model.parallel import prepare
 from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, ScheduleConfig
+from nurture.progress import Bar, progress_bar
 from nurture.recipe import Count, Share
 from nurture.rewards.learned import load_reward_model, score_replies
 from nurture.runtime import eager_blocks
@@ -68,11 +75,15 @@ from nurture.stages.training import (
     write_result,
 )
 from nurture.trainer import add_up
+from nurture.types import LossFunction, LossResult
 from nurture.world import Task
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
+
+_SAVED_ROWS = 256
+"""Passes of the reference between two writings of its cache."""
 
 
 class Config(TrainingConfig):
@@ -153,7 +164,8 @@ def run(config: Config, context: StageContext) -> None:
     log.info("%s", batches.report)
     if lost:
         log.info("preferences: %s", "; ".join(f"{count} {reason}" for reason, count in lost.items() if count))
-    add_reference_logprobs(config, context, session, [b for b in (batches, heldout) if b is not None])
+    if heldout is not None:
+        add_reference_logprobs(config, context, session, heldout, range(heldout.rows_per_epoch))
     loss_fn = PreferenceLoss(
         config.loss,
         config.beta,
@@ -176,10 +188,13 @@ def run(config: Config, context: StageContext) -> None:
         context,
         session,
         lambda _: batches,
-        loss_fn,
+        _after_reference(loss_fn),
         default_steps=batches.steps(config.epochs) if config.steps is None else None,
         evaluation_seconds=evaluation_seconds,
     )
+    # Whole groups of rows, so that a longer run groups its rows no differently.
+    read = -(-steps * config.batch_size // _rows_at_once(config)) * _rows_at_once(config)
+    add_reference_logprobs(config, context, session, batches, batches.row_order(0)[:read].tolist())
     report = train(
         config,
         context,
@@ -284,43 +299,65 @@ def _rows_at_once(config: Config) -> int:
 # ---- the reference ----------------------------------------------------------------------------------------------
 
 
-def add_reference_logprobs(
-    config: Config, context: StageContext, session: Session, packed: Sequence[PreferenceBatches]
-) -> None:
-    """Set the reference's logprobs of every preference: from the run's cache, or computed and put there.
+def _after_reference(loss_fn: PreferenceLoss) -> LossFunction:
+    """Return `loss_fn` with the reference's pass before it: what a row costs that is trained on for the first time."""
 
-    The cache's name is a hash of the reference's weights, the tokens and the precision; its content carries a checksum.
+    def both(model: nn.Module, batch: PreferenceBatch) -> LossResult:
+        with torch.no_grad(), eager_blocks():
+            sequence_logprobs(model, batch)
+        return loss_fn(model, batch)
+
+    return both
+
+
+def add_reference_logprobs(
+    config: Config, context: StageContext, session: Session, batches: PreferenceBatches, rows: Sequence[int]
+) -> None:
+    """Set the reference's logprobs of the preferences in `rows`: from the run's cache, or computed and put there.
+
+    Others stay NaN: a large set of which a stage reads a part costs that part. The cache's name is a hash of the
+    reference's weights, the tokens, and what decides which rows are computed together; its content carries a checksum.
     One that does not match is computed again, with a warning.
     """
     path = context.models[config.reference] if config.reference is not None else context.start
     assert path is not None
-    weights = _weights_hash(path)
-    processes = session.execution.processes
-    model: nn.Module | None = None
-    for batches in packed:
-        key = _cache_key(weights, batches, session)
-        file = context.cache / "reference" / f"{key}.safetensors"
-        kept = read_cached(file, batches.reference_logprobs.shape) if processes.is_main else None
-        kept = processes.agree(kept)
-        if kept is None:
-            if model is None:
-                own = config.reference is None
-                model = session.model if own else prepare(load_model(path), session.execution)
-                model.eval()
-            kept = _reference_logprobs(model, session, batches, _rows_at_once(config))
-            if processes.is_main:
-                write_cached(file, kept)
-        batches.reference_logprobs = kept
+    processes, together = session.execution.processes, _rows_at_once(config)
+    key = _cache_key(_weights_hash(path), batches, session, together)
+    file = context.cache / "reference" / f"{key}.safetensors"
+    kept = read_cached(file, batches.reference_logprobs.shape) if processes.is_main else None
+    kept = processes.agree(kept)
+    values = np.full_like(batches.reference_logprobs, np.nan) if kept is None else kept
+    missing = [row for row in rows if np.isnan(values[batches.members(row)]).any()]
+    if missing:
+        own = config.reference is None
+        model = session.model if own else prepare(load_model(path), session.execution)
+        model.eval()
+        # Saved now and then: a kill loses little of what may be an hour's work.
+        parts = [
+            missing[i : i + _SAVED_ROWS * together] for i in range(0, len(missing), _SAVED_ROWS * together)
+        ]
+        with progress_bar("reference", len(missing), show=processes.is_main) as bar:
+            for part in parts:
+                _add_logprobs(values, model, session, batches, part, together, bar)
+                if processes.is_main:
+                    write_cached(file, values)
+    batches.reference_logprobs = values
 
 
 @torch.no_grad()
-def _reference_logprobs(
-    model: nn.Module, session: Session, batches: PreferenceBatches, rows_at_once: int
-) -> np.ndarray:
-    """Return (N, K) float32: the summed logprob of each preference's answers under `model`."""
+def _add_logprobs(
+    values: np.ndarray,
+    model: nn.Module,
+    session: Session,
+    batches: PreferenceBatches,
+    rows: Sequence[int],
+    rows_at_once: int,
+    bar: Bar,
+) -> None:
+    """Set in `values`, (N, K) float32, the summed logprob under `model` of each answer to the preferences in `rows`."""
     processes, execution = session.execution.processes, session.execution
     found: dict[str, tuple[float, float]] = {}
-    for batch, members in batches.in_order(rows_at_once, processes.rank, processes.world_size):
+    for batch, members in batches.in_order(rows_at_once, processes.rank, processes.world_size, chosen=rows):
         with execution.autocast(), eager_blocks():
             logprobs = sequence_logprobs(model, batch.to(execution.device)).cpu()
         for row, numbers in zip(logprobs.tolist(), members, strict=False):
@@ -329,11 +366,11 @@ def _reference_logprobs(
                 for answer in range(len(batches.preferences[number].answers)):
                     found[f"{number} {answer}"] = (row[place], 1.0)
                     place += 1
-    values = np.zeros_like(batches.reference_logprobs)
+        bar.advance(min(rows_at_once * processes.world_size, len(rows)))
+    values[[number for row in rows for number in batches.members(row)]] = 0.0
     for name, (value, _) in processes.sum(found).items():
         number, answer = map(int, name.split())
         values[number, answer] = value
-    return values
 
 
 def _weights_hash(path: Path) -> str:
@@ -341,10 +378,9 @@ def _weights_hash(path: Path) -> str:
     return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
 
 
-def _cache_key(weights: str, batches: PreferenceBatches, session: Session) -> str:
-    digest = hashlib.sha256(
-        f"{weights} {session.execution.precision} {session.execution.device.type}\n".encode()
-    )
+def _cache_key(weights: str, batches: PreferenceBatches, session: Session, rows_at_once: int) -> str:
+    how = f"{session.execution.precision} {session.execution.device.type} {rows_at_once} {batches.seed}"
+    digest = hashlib.sha256(f"{weights} {how}\n".encode())
     for preference in batches.preferences:
         for token_ids, mask in zip(preference.answers, preference.masks, strict=True):
             digest.update(np.asarray(token_ids, dtype=np.int32).tobytes())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from nurture.evals.replies import ask
 from nurture.model.config import ModelConfig
 from nurture.model.hugging_face import load_model
 from nurture.model.transformer import Transformer
-from nurture.stages import preference
+from nurture.stages import preference, training
 from nurture.stages.context import StageContext
 from nurture.stages.training import save_result_model
 from nurture.tokenizer import Tokenizer
@@ -119,10 +121,8 @@ def test_the_reference_is_run_once_and_its_cache_is_checked(
 ) -> None:
     train(start, tmp_path / "one")
     computed = []
-    compute = preference._reference_logprobs
-    monkeypatch.setattr(
-        preference, "_reference_logprobs", lambda *args: (computed.append(1), compute(*args))[1]
-    )
+    compute = preference._add_logprobs
+    monkeypatch.setattr(preference, "_add_logprobs", lambda *args: (computed.append(1), compute(*args))[1])
     train(start, tmp_path / "two")
     assert not computed
     assert_same_model(tmp_path / "one", tmp_path / "two")
@@ -148,6 +148,51 @@ def test_the_reference_is_run_once_and_its_cache_is_checked(
     preference.run(settings(reference="other"), context)
     drift = json.loads((tmp_path / "four/result.json").read_text())["metrics"]["chosen_drift"]["before"]
     assert abs(drift) > 0.1
+
+
+def test_the_reference_is_asked_for_the_rows_that_are_read_and_a_longer_run_adds_the_rest(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    compute = preference._add_logprobs
+    monkeypatch.setattr(
+        preference, "_add_logprobs", lambda *args: (asked.append(len(args[4])), compute(*args))[1]
+    )
+    wide = {"execution": {"precision": "fp32", "compile": "off", "microbatch_tokens": 3 * 128}}
+    train(start, tmp_path / "short", steps=2, **wide)
+    heldout, read = asked
+    assert read == 6  # four rows are trained on; three are computed at a time
+    train(start, tmp_path / "long", steps=6, **wide)
+    assert asked[2:] == [6]
+    # Grown piece by piece, the cache holds what one pass gives: the same weights, bit for bit.
+    shutil.rmtree(tmp_path / "cache")
+    train(start, tmp_path / "fresh", steps=6, **wide)
+    assert asked[3:] == [heldout, 12]
+    assert_same_model(tmp_path / "long", tmp_path / "fresh")
+
+
+def test_a_time_budget_counts_the_references_pass_and_only_what_it_reads_is_passed(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    compute = preference._add_logprobs
+    monkeypatch.setattr(
+        preference, "_add_logprobs", lambda *args: (asked.append(len(args[4])), compute(*args))[1]
+    )
+
+    def measured(model: torch.nn.Module, _: object, batches: Any, loss_fn: Any, **__: object) -> float:
+        passes: list[int] = []
+        hook = model.register_forward_hook(lambda *_: passes.append(1))
+        loss_fn(model, batches(0))
+        hook.remove()
+        assert len(passes) == 2
+        return 2 * 128 / 30  # an update of two rows takes half a minute
+
+    monkeypatch.setattr(training, "measure_tokens_per_second", measured)
+    alone = {"precision": "fp32", "compile": "off", "microbatch_tokens": 128}
+    train(start, tmp_path / "stage", steps=None, minutes=2.0, execution=alone)
+    assert len(losses(tmp_path / "stage")) == 3
+    assert sum(asked[1:]) == 3 * 2
 
 
 def test_cached_values_survive_the_disk_and_a_wrong_shape_is_not_taken(tmp_path: Path) -> None:

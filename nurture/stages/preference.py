@@ -366,7 +366,7 @@ def _add_logprobs(
                 for answer in range(len(batches.preferences[number].answers)):
                     found[f"{number} {answer}"] = (row[place], 1.0)
                     place += 1
-        bar.advance(min(rows_at_once * processes.world_size, len(rows)))
+        bar.advance(len(members) * processes.world_size)
     values[[number for row in rows for number in batches.members(row)]] = 0.0
     for name, (value, _) in processes.sum(found).items():
         number, answer = map(int, name.split())
@@ -424,11 +424,13 @@ def heldout_measures(
     was_training = session.model.training
     session.model.eval()
     totals: dict[str, tuple[float, float]] = {}
-    for batch, members in heldout.in_order(rows_at_once, processes.rank, processes.world_size):
-        with execution.autocast(), eager_blocks():
-            result = loss_fn(session.model, batch.to(execution.device))
-        if members:
-            add_up(totals, result.metrics)
+    with progress_bar("held-out pairs", heldout.rows_per_epoch, show=processes.is_main, stays=False) as bar:
+        for batch, members in heldout.in_order(rows_at_once, processes.rank, processes.world_size):
+            with execution.autocast(), eager_blocks():
+                result = loss_fn(session.model, batch.to(execution.device))
+            if members:
+                add_up(totals, result.metrics)
+            bar.advance(len(members) * processes.world_size)
     session.model.train(was_training)
     measures = {}
     for name, (amount, count) in processes.sum(totals).items():

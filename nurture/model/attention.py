@@ -4,13 +4,13 @@ Several documents share a row (packing); a token sees earlier tokens of its own 
 computes exactly what separate rows would. Grouped-query attention: each key/value head serves N/K query heads
 (arXiv 2305.13245).
 
-On a CPU, plain batched matrix multiplications beat the library's fused attention by 2 to 7 times at the lengths small
-models train at, and inductor melts the softmax between them into one pass. Queries are taken in blocks: a block meets
-only the keys before its end (which skips the empty upper triangle) and, uncompiled, only those from the start of its
-first document on; no T x T matrix exists at once.
+Documents of like length are gathered into a batch of their own, which the library's fused kernel reads as whole rows:
+it keeps no scores, so memory grows linearly with T, and tokens of different documents never meet.
 
-From `FUSED_FROM` tokens on the fused kernel wins, and memory matters: it keeps no scores, so memory grows linearly with
-T. It knows no documents, so each document is a call of its own; the work is then the sum of their squared lengths.
+With fast bfloat16 on a CPU, plain batched matrix multiplications beat that kernel by 2 to 7 times at the lengths small
+models train at, and inductor melts the softmax between them into one pass: up to `FUSED_FROM` tokens rows go that way
+there. Queries are taken in blocks: a block meets only the keys before its end (which skips the empty upper triangle)
+and, uncompiled, only those from the start of its first document on; no T x T matrix exists at once.
 
 On a GPU rows of one document take the library's flash kernel, packed rows FlexAttention: it skips blocks in which no
 query meets a key of its document, and its mask is made once for all layers (`document_mask`). The library's kernels
@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
 QUERY_BLOCK = 128
 """Queries taken at once. At 128 the scores of one head stay in the second-level cache."""
 FUSED_FROM = 1024
-"""Row length from which each document goes through the fused kernel."""
-COMPILING_PAYS = has_fast_bf16(torch.device("cpu"))
-"""Whether inductor's softmax between the products is worth having: with AVX2 alone it is slower than the library's."""
+"""Row length from which the fused kernel wins everywhere."""
+PRODUCTS_PAY = has_fast_bf16(torch.device("cpu"))
+"""Whether products with inductor's softmax between them are worth having for shorter rows: not with AVX2 alone."""
 
 
 def document_mask(document_ids: Tensor | None) -> Tensor | BlockMask | None:
@@ -85,17 +86,11 @@ def attention(
         return flex_attention(q_BTNH, k_BSKH, v_BSKH, document_ids)
     if first:
         return _blocked_attention(q_BTNH, k_BSKH, v_BSKH, document_ids, first)
-    if tokens >= FUSED_FROM and not (document_ids is None and q_BTNH.device.type == "cuda"):
-        return _attention_by_document(q_BTNH, k_BSKH, v_BSKH, document_ids)
-    if q_BTNH.device.type == "cpu":
-        run = _blocked_attention if COMPILING_PAYS else _uncompiled_attention
-        return run(q_BTNH, k_BSKH, v_BSKH, document_ids)
-    mask = None
-    if document_ids is not None:
-        earlier = torch.ones(tokens, tokens, dtype=torch.bool, device=document_ids.device).tril()
-        # A token always sees itself, so that no row is fully masked: padding yields numbers, never NaN.
-        mask = (document_ids[:, None, :, None] == document_ids[:, None, None, :]) & earlier
-    return masked_attention(q_BTNH, k_BSKH, v_BSKH, mask, is_causal=mask is None)
+    if q_BTNH.device.type == "cpu" and tokens < FUSED_FROM and PRODUCTS_PAY:
+        return _blocked_attention(q_BTNH, k_BSKH, v_BSKH, document_ids)
+    if document_ids is None:
+        return masked_attention(q_BTNH, k_BSKH, v_BSKH, None, is_causal=True)
+    return _attention_in_groups(q_BTNH, k_BSKH, v_BSKH, document_ids)
 
 
 def flex_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: BlockMask) -> Tensor:
@@ -116,26 +111,89 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function)
 
 
+@dataclass(frozen=True)
+class _Groups:
+    """Documents of a batch laid out behind each other, those of like length together and padded to the longest of them.
+
+    Attributes:
+        places: (P,) int64 token of the batch, counted through all rows, that each place of the layout holds; padding
+            holds its document's last token once more.
+        homes: (B * T,) int64 place of each token.
+        lengths: tokens of a document in each group, padding included.
+        counts: documents in each group.
+    """
+
+    places: Tensor
+    homes: Tensor
+    lengths: list[int]
+    counts: list[int]
+
+
+def _group_documents(document_ids: Tensor) -> _Groups:
+    """Lay the documents of (B, T) ids out in groups; a group's lengths differ by at most an eighth or 8 tokens."""
+    is_start = _is_start(document_ids)
+    starts = is_start.flatten().nonzero().squeeze(1)
+    lengths = torch.diff(starts, append=starts.new_tensor([document_ids.numel()]))
+    grain = (2 ** (lengths.double().log2().floor().long() - 3)).clamp(min=8)
+    kinds, order = (-(-lengths // grain) * grain).sort(stable=True)
+    starts, lengths = starts[order], lengths[order]
+    _, group, counts = kinds.unique_consecutive(return_inverse=True, return_counts=True)
+    longest = torch.zeros_like(counts).scatter_reduce(0, group, lengths, "amax")
+    padded = longest[group]
+    document = torch.arange(len(starts), device=starts.device).repeat_interleave(padded)
+    within = torch.arange(len(document), device=starts.device) - (padded.cumsum(0) - padded)[document]
+    is_token = within < lengths[document]
+    places = starts[document] + torch.minimum(within, lengths[document] - 1)
+    homes = torch.empty_like(document_ids, dtype=torch.int64).flatten()
+    homes[places[is_token]] = is_token.nonzero().squeeze(1)
+    return _Groups(places, homes, longest.tolist(), counts.tolist())
+
+
 @torch.compiler.disable
-def _attention_by_document(
-    q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tensor | None
-) -> Tensor:
-    """`attention` as one fused call for every document of every row."""
-    if document_ids is None:
-        return masked_attention(q_BTNH, k_BTKH, v_BTKH, None, is_causal=True)
-    rows = []
-    for row, lengths in enumerate(_run_lengths(document_ids)):
-        parts = zip(*(x[row : row + 1].split(lengths, dim=1) for x in (q_BTNH, k_BTKH, v_BTKH)), strict=True)
-        rows.append(torch.cat([masked_attention(q, k, v, None, is_causal=True) for q, k, v in parts], dim=1))
-    return torch.cat(rows)
+def _attention_in_groups(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tensor) -> Tensor:
+    """`attention` as one fused call for all documents of like length."""
+    groups = _group_documents(document_ids)
+    sizes = [length * count for length, count in zip(groups.lengths, groups.counts, strict=True)]
+    # Padding comes after a document's tokens, so causal attention keeps it from them without a mask.
+    laid_out = (
+        _LaidOut.apply(x.flatten(0, 1), groups.places, groups.homes).split(sizes)
+        for x in (q_BTNH, k_BTKH, v_BTKH)
+    )
+    outs = []
+    for length, *tensors in zip(groups.lengths, *laid_out, strict=True):
+        q, k, v = (x.unflatten(0, (-1, length)) for x in tensors)
+        outs.append(masked_attention(q, k, v, None, is_causal=True).flatten(0, 1))
+    return _TakenHome.apply(torch.cat(outs), groups.homes).view(q_BTNH.shape)
 
 
-def _run_lengths(document_ids: Tensor) -> list[list[int]]:
-    """Return for each row the lengths of its runs of equal ids."""
-    runs = []
-    for ids in document_ids.cpu():
-        runs.append(torch.unique_consecutive(ids, return_counts=True)[1].tolist())
-    return runs
+class _LaidOut(torch.autograd.Function):
+    """Tokens to places. No gradient arrives at padding (nobody sees it), so the way back is a mere lookup."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, places: Tensor, homes: Tensor) -> Tensor:
+        ctx.save_for_backward(homes)
+        return tokens.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (homes,) = ctx.saved_tensors
+        return gradients[0].index_select(0, homes), None, None
+
+
+class _TakenHome(torch.autograd.Function):
+    """Places to tokens; what padding computed is dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, places: Tensor, homes: Tensor) -> Tensor:
+        ctx.save_for_backward(homes)
+        ctx.count = len(places)
+        return places.index_select(0, homes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (homes,) = ctx.saved_tensors
+        at_places = gradients[0].new_zeros(ctx.count, *gradients[0].shape[1:])
+        return at_places.index_copy_(0, homes, gradients[0]), None
 
 
 def _blocked_attention(
@@ -162,9 +220,6 @@ def _blocked_attention(
     return out_BKGTH.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, head_width)
 
 
-_uncompiled_attention = torch.compiler.disable(_blocked_attention)
-
-
 def _first_keys(document_ids: Tensor | None, columns: int) -> list[int]:
     """Return for every column the first one that a query there, or to its right, can see in any row."""
     if document_ids is None or torch.compiler.is_compiling():  # a compiled block knows shapes, not contents
@@ -175,10 +230,15 @@ def _first_keys(document_ids: Tensor | None, columns: int) -> list[int]:
 
 def document_starts(document_ids: Tensor) -> Tensor:
     """Return for every token (B, T) the column where its document begins."""
+    columns = torch.arange(document_ids.shape[1], device=document_ids.device)
+    return torch.where(_is_start(document_ids), columns, 0).cummax(dim=1).values
+
+
+def _is_start(document_ids: Tensor) -> Tensor:
+    """Return whether a document begins at each token, (B, T) bool."""
     is_start = torch.ones_like(document_ids, dtype=torch.bool)
     is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    columns = torch.arange(document_ids.shape[1], device=document_ids.device)
-    return torch.where(is_start, columns, 0).cummax(dim=1).values
+    return is_start
 
 
 def _attend_block(

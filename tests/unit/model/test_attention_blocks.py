@@ -28,7 +28,7 @@ def test_equals_the_library(
     monkeypatch: pytest.MonkeyPatch, tokens: int, block: int, documents: bool, fused: bool
 ) -> None:
     monkeypatch.setattr(module, "QUERY_BLOCK", block)
-    monkeypatch.setattr(module, "FUSED_FROM", 1 if fused else 10_000)
+    monkeypatch.setattr(module, "PRODUCTS_PAY", not fused)
     (q, k, v), ids, visible = inputs(tokens, documents)
     upstream = torch.randn(2, tokens, 6, 8)
     results = []
@@ -37,6 +37,22 @@ def test_equals_the_library(
         results.append((out.detach(), *gradients))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_documents_of_like_length_are_grouped_and_every_token_comes_home() -> None:
+    lengths = [[9, 40, 3, 12], [10, 1, 1, 52], [64], [16, 48]]
+    ids = torch.tensor([[i for i, length in enumerate(row) for _ in range(length)] for row in lengths])
+    groups = module._group_documents(ids)
+    # Up to 8, to 16, to 40, to 48, to 56, to 64; each padded to the longest there is.
+    assert (groups.lengths, groups.counts) == ([3, 16, 40, 48, 52, 64], [3, 4, 1, 1, 1, 1])
+    assert torch.equal(groups.places[groups.homes], torch.arange(ids.numel()))
+    # All that stands in one document of the layout is of one document of the batch.
+    documents = ids + 10 * torch.arange(4)[:, None]
+    laid_out = documents.flatten()[groups.places]
+    for part in laid_out.split(
+        [n for n, count in zip(groups.lengths, groups.counts, strict=True) for _ in range(count)]
+    ):
+        assert len(part.unique()) == 1
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -87,7 +87,7 @@ def test_compiled_model_is_the_same(monkeypatch: pytest.MonkeyPatch, whole: bool
 
     But for attention, where compiling that does not pay (processors without bfloat16).
     """
-    monkeypatch.setattr(attention, "COMPILING_PAYS", whole)
+    monkeypatch.setattr(attention, "PRODUCTS_PAY", whole)
     torch.compiler.reset()
     token_ids, document_ids = random_tokens(), torch.tensor([[0] * 7 + [1] * 9] * 2)
     labels = token_ids.roll(-1, 1)

@@ -192,10 +192,8 @@ def _rows(
 def _conversations(
     config: Config, context: StageContext, tokenizer: Tokenizer, name: str
 ) -> Iterator[Conversation]:
-    for conversation in tokenise_conversations(_rows(config, context, name, "train"), tokenizer, name):
-        if config.loss_on == "all":
-            conversation = conversation._replace(completion_mask=[True] * len(conversation.token_ids))
-        yield conversation
+    rows = _rows(config, context, name, "train")
+    return tokenise_conversations(rows, tokenizer, name, questions=config.loss_on == "all")
 
 
 def _heldout_batches(

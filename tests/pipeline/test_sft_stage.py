@@ -9,12 +9,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from nurture.data.packing import ConversationBatches
 from nurture.model.config import ModelConfig
 from nurture.model.transformer import Transformer
 from nurture.stages import sft
 from nurture.stages.context import StageContext
 from nurture.stages.training import save_result_model
 from nurture.tokenizer import Tokenizer
+from nurture.types import IGNORE_INDEX
 
 SAYING = "the fox lives in the forest and eats mice, and whoever reads the longer text learns of it"
 
@@ -63,6 +65,24 @@ def test_a_share_of_the_tokens_is_text_all_of_it_trained(context: StageContext) 
     assert whole.count("text ") > 10
     for said in tokenizer.decode([t for c in heldout for t in c.token_ids]).split("text ")[1:]:
         assert f"text {said.partition(':')[0]}:" not in whole
+
+
+@pytest.mark.parametrize("kind", ["sft", "reason"])
+def test_the_stage_trains_what_it_says(context: StageContext, kind: str) -> None:
+    """The masks of the conversations reach the packed labels: replies with their end alone, or questions too."""
+    config = settings(kind=kind, replay={})
+    tokenizer = Tokenizer.load(context.start).for_chat()
+    packed = ConversationBatches(
+        sft._beside_text(config, context, tokenizer),
+        batch_size=1,
+        sequence_length=64,
+        seed=0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    rows = [packed(step) for step in range(packed.rows_per_epoch)]
+    said = "".join(tokenizer.decode([t for t in row.labels[0].tolist() if t != IGNORE_INDEX]) for row in rows)
+    assert said.count("<|im_end|>") == said.count("it is ") * (2 if kind == "reason" else 1) > 100
+    assert ("number" in said) == (kind == "reason")
 
 
 def test_little_text_ends_without_being_read_again(context: StageContext) -> None:

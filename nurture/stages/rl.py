@@ -190,7 +190,8 @@ def read_prompts(
         for row in stream:
             if not row.prompt:
                 continue
-            if len(tokenizer.encode_prompt(row.prompt)) + config.max_tokens > config.sequence_length:
+            prompt = tokenizer.encode_prompt(row.prompt, **config.template_kwargs)  # as it will be played
+            if len(prompt) + config.max_tokens > config.sequence_length:
                 dropped += 1
                 if dropped > 1000 and not rows:  # an endless source none of whose prompts fits
                     break

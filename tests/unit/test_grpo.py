@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from nurture.rollout import Rollout
 from nurture.runtime import Processes
 from nurture.stages import grpo
 from nurture.stages.context import StageContext
-from nurture.stages.rl import PromptStream, read_prompts
+from nurture.stages.rl import PromptStream, read_prompts, rollout_sums
 from nurture.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(
@@ -114,6 +115,8 @@ def test_what_could_not_be_graded_is_no_zero() -> None:
     rollouts[0].info["grader_error"] = True
     grpo.pay(config(), rollouts)
     assert math.isnan(rollouts[0].reward)
+    sums = rollout_sums(rollouts)
+    assert (sums["ungraded"], sums["reward_mean"]) == ((1, 4), (2, 3))
     batch = grpo.to_batch(config(), TOKENIZER, rollouts)
     assert batch.completion_mask.any(1).tolist() == [False, True, True, True]
     credit = grpo.advantages(
@@ -271,3 +274,15 @@ def test_why_there_are_no_prompts_is_told(
     context = StageContext(tmp_path, base=tmp_path)
     with pytest.raises(NurtureError, match=message):
         read_prompts(config, {"few": "few.jsonl"}, context, TOKENIZER, split)
+
+
+def test_prompts_are_measured_as_they_are_played(tmp_path: Path) -> None:
+    """A mode of the chat template makes them longer: one that leaves no room then would be cut in its reply."""
+    (tmp_path / "few.jsonl").write_text('{"question": "What is 6 times 7?", "answer": "#### 42"}\n')
+    context = StageContext(tmp_path, base=tmp_path)
+    bare = len(TOKENIZER.encode_prompt(SUM.prompt))
+    settings: dict[str, Any] = {"sequence_length": bare + 4, "max_tokens": 4}
+    assert read_prompts(config(**settings), {"few": "few.jsonl"}, context, TOKENIZER, "train")
+    thinking = config(**settings, template_kwargs={"enable_thinking": True})
+    with pytest.raises(NurtureError, match="no train prompt that fits"):
+        read_prompts(thinking, {"few": "few.jsonl"}, context, TOKENIZER, "train")

@@ -286,3 +286,18 @@ def test_prompts_are_measured_as_they_are_played(tmp_path: Path) -> None:
     thinking = config(**settings, template_kwargs={"enable_thinking": True})
     with pytest.raises(NurtureError, match="no train prompt that fits"):
         read_prompts(thinking, {"few": "few.jsonl"}, context, TOKENIZER, "train")
+
+
+def test_as_many_prompts_as_the_recipe_says(tmp_path: Path) -> None:
+    rows = [f'{{"question": "What is {n} times 7?", "answer": "#### {7 * n}"}}\n' for n in range(60)]
+    (tmp_path / "many.jsonl").write_text("".join(rows))
+    context, data = StageContext(tmp_path, base=tmp_path), {"many": "many.jsonl", "again": "many.jsonl"}
+
+    def count(split: Any, **settings: Any) -> int:
+        return len(read_prompts(config(heldout_every=5, **settings), data, context, TOKENIZER, split))
+
+    everything = count("train")
+    assert 80 < everything < 2 * 60
+    assert count("train", prompts=7) == 2 * 7  # of each source, endless or not
+    assert count("train", prompts=1000) == everything
+    assert count("heldout", prompts=7, heldout_prompts=6) == 6

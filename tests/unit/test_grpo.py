@@ -117,6 +117,7 @@ def test_what_could_not_be_graded_is_no_zero() -> None:
     assert math.isnan(rollouts[0].reward)
     sums = rollout_sums(rollouts)
     assert (sums["ungraded"], sums["reward_mean"]) == ((1, 4), (2, 3))
+    assert sums["different"] == (2, 4)
     batch = grpo.to_batch(config(), TOKENIZER, rollouts)
     assert batch.completion_mask.any(1).tolist() == [False, True, True, True]
     credit = grpo.advantages(

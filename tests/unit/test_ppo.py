@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from nurture.evals.overoptimisation import Point
 from nurture.losses.policy import KL_ESTIMATORS
 from nurture.rollout import RolloutBatch
 from nurture.runtime import Processes
@@ -83,3 +85,18 @@ def test_kinds_of_kl_that_cannot_be_negative_are_not() -> None:
         kl = ppo.credit(config(kl={"estimator": estimator}), session(), batch, 0.05)["kl"][0]
         assert kl > 0
         assert math.isfinite(kl)
+
+
+@pytest.mark.parametrize("action", ["off", "warn", "stop"])
+def test_the_same_reply_to_every_prompt_is_noticed_while_the_reward_rises(
+    action: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    start = Point(0, 0.0, proxy=0.0, length=20.0, repetition=0.05, different=0.9)
+    memory: dict[str, Any] = {"points": [vars(start)]}
+    for step in (1, 2):
+        collapsed = replace(start, step=step, proxy=3.0 + step, different=0.1)
+        ppo.heed(config(alarm={"action": action}), memory, collapsed)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (action != "off")  # once
+    assert all("of replies differ" in text and "may no longer be telling the truth" in text for text in said)
+    assert bool(memory.get("stop")) == (action == "stop")

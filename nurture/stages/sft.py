@@ -298,10 +298,14 @@ def _card(
             both = dual_mode(model, tokenizer, world, kinds=thought_about, per_kind=n)
             card = WorldCard(card.measures | both.measures, card.samples + both.samples)
         return card
-    prompts = [row.messages[:-1] for rows in heldout.values() for row in rows if row.messages]
+    asked = [
+        (row.messages[:-1], row.template_kwargs) for rows in heldout.values() for row in rows if row.messages
+    ]
     room = model.config.max_position - config.reply_tokens
-    prompts = [p for p in prompts if len(tokenizer.encode_prompt(p)) < room][: config.heldout_conversations]
-    replies = ask(model, tokenizer, prompts, max_tokens=config.reply_tokens)
+    asked = [(p, own) for p, own in asked if len(tokenizer.encode_prompt(p, **own)) < room]
+    asked = asked[: config.heldout_conversations]
+    prompts, variables = [p for p, _ in asked], [own for _, own in asked]  # in the mode that the row is in
+    replies = ask(model, tokenizer, prompts, max_tokens=config.reply_tokens, variables=variables)
     measures = {
         "stopped": rate([reply.stopped for reply in replies]),
         "format": rate([reply.stopped and bool(reply.text.strip()) for reply in replies]),

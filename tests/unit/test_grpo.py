@@ -143,6 +143,23 @@ def test_a_win_rate_is_measured_where_the_server_says_who_won(info: dict[str, bo
     assert {name: m.value for name, m in measures.items() if name != "openenv_reward"} == wins
 
 
+@pytest.mark.parametrize("name", ["math", "code"])
+def test_partial_credit_is_no_win(name: str) -> None:
+    """Half of the reward for a try, say: what is measured is whether the problem was solved."""
+
+    class Kind:
+        def reset(self, task: object, seed: int) -> Observation:
+            return Observation.of("What is 6 times 7?")
+
+        def step(self, action: str) -> StepResult:
+            won = action == "Answer: 42"
+            return StepResult(Observation.of("def"), 1.0 if won else 0.5, True, {}, {"won": won})
+
+    engine = SimpleNamespace(now=lambda: Reciter("Answer: 42", "Answer: 41", "Answer: 40", "Answer: 39"))
+    measures = grpo.Exam(config(env=name), session(), engine, Kind, [None] * 4).sit().measures  # type: ignore[arg-type]
+    assert measures[name].value == 0.25
+
+
 def test_length_costs_near_the_limit_and_cut_replies_can_be_left_out() -> None:
     settings = config(max_tokens=20, overlong_cushion=10, drop_truncated=True)
     long = "Answer: 42 " * 9

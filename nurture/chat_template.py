@@ -338,9 +338,15 @@ def generation_spans(
 
 def mask_view(tokenizer: MaskingTokenizer, messages: Sequence[Message], **template_kwargs: Any) -> str:
     """Return the conversation as rich markup: trained tokens green, the others dim, control tokens reversed."""
+    return mask_markup(tokenizer, *tokenizer.encode_conversation(messages, **template_kwargs))
+
+
+def mask_markup(
+    tokenizer: MaskingTokenizer, token_ids: Sequence[int], completion_mask: Sequence[bool]
+) -> str:
+    """Return tokens as rich markup, coloured as in `mask_view`."""
     from rich.markup import escape
 
-    token_ids, completion_mask = tokenizer.encode_conversation(messages, **template_kwargs)
     parts: list[str] = []
     for trained, group in _runs(completion_mask):
         text = tokenizer.decode([token_ids[position] for position in group])

@@ -771,10 +771,14 @@ def show_mask(
     tokenizer: Annotated[str, typer.Option(help="A checkpoint, or the 00-tokenizer of a run.")],
     count: Annotated[int, typer.Option(min=1, help="How many conversations.")] = 3,
 ) -> None:
-    """Print conversations coloured by what is trained: green tokens carry the loss, dim ones do not."""
+    """Print conversations coloured by what is trained: green tokens carry the loss, dim ones do not.
+
+    A row is shown as fine-tuning reads it: in its mode, with its tools, and in parts where the template drops thoughts.
+    """
     from itertools import islice
 
-    from nurture.chat_template import mask_view
+    from nurture.chat_template import mask_markup
+    from nurture.data.packing import tokenise_conversations
     from nurture.data.sources import read_rows
     from nurture.stages.recipe import data_problem, model_folder
     from nurture.tokenizer import Tokenizer
@@ -782,10 +786,11 @@ def show_mask(
     if problem := data_problem(data, Path.cwd()):
         raise NurtureError(f"{problem.rstrip('.')}.")
     loaded = Tokenizer.load(model_folder(Path(tokenizer))).for_chat()
-    conversations = (row.messages for row in read_rows(data, base=Path.cwd()) if row.messages)
+    conversations = (row for row in read_rows(data, base=Path.cwd()) if row.messages)
     shown = list(islice(conversations, count))
-    for messages in shown:
-        _console().print(mask_view(loaded, messages))
+    for row in shown:
+        for part in tokenise_conversations([row], loaded):
+            _console().print(mask_markup(loaded, part.token_ids, part.completion_mask))
         _console().rule()
     if not shown:
         raise NurtureError(f"{data}: no conversation in it. Plain text is trained on as a whole.")

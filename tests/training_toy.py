@@ -76,6 +76,7 @@ def toy_fit(
     tensor_parallel: int = 1,
     dies: str = "",
     lora: bool = False,
+    keep: int = 2,
 ) -> tuple[Transformer | None, FitReport]:
     """Train the toy model; returns its unsharded weights in the main process."""
     execution = decide_execution(
@@ -93,7 +94,7 @@ def toy_fit(
         steps=steps,
         schedule=ScheduleConfig(),
         clip_norm=1.0,
-        config=LoopConfig(log_every=1, save_every=save_every, average=average),
+        config=LoopConfig(log_every=1, save_every=save_every, average=average, keep=keep),
         execution=execution,
         directory=directory,
         microbatch_tokens=microbatch_tokens,

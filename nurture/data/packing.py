@@ -76,9 +76,18 @@ class PackingReport:
 
 
 def tokenise_conversations(
-    rows: Iterable[Row], tokenizer: Tokenizer, source: str = "sft", *, chunk: int = 512
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    source: str = "sft",
+    *,
+    questions: bool = False,
+    chunk: int = 512,
 ) -> Iterator[Conversation]:
     """Yield the conversations of `rows` as tokens; rows without one are passed over.
+
+    Args:
+        questions: train what others said too. A conversation trained in parts has every turn trained once: earlier
+            turns are context in the later parts, where their thoughts are gone.
 
     Raises:
         NurtureError: no row holds a conversation, or the template gives no exact mask.
@@ -86,13 +95,26 @@ def tokenise_conversations(
     pairs = conversations(rows, source)
     while whole := list(islice(pairs, chunk)):
         block = [
-            (part, kwargs) for turns, kwargs in whole for part in _trained_parts(turns, kwargs, tokenizer)
+            (part, kwargs, later)
+            for turns, kwargs in whole
+            for later, part in enumerate(_trained_parts(turns, kwargs, tokenizer))
         ]
-        if all(not kwargs for _, kwargs in block):
-            encoded = tokenizer.encode_conversations([turns for turns, _ in block])
+        if all(not kwargs for _, kwargs, _ in block):
+            encoded = tokenizer.encode_conversations([turns for turns, _, _ in block])
         else:
-            encoded = [tokenizer.encode_conversation(turns, **kwargs) for turns, kwargs in block]
-        yield from (Conversation(token_ids, mask, source) for token_ids, mask in encoded)
+            encoded = [tokenizer.encode_conversation(turns, **kwargs) for turns, kwargs, _ in block]
+        for (token_ids, mask), (_, _, later) in zip(encoded, block, strict=True):
+            if questions:
+                start = _newest_request(token_ids, mask, tokenizer.end_of_turn_id) if later else 0
+                mask = [place >= start for place in range(len(token_ids))]
+            yield Conversation(token_ids, mask, source)
+
+
+def _newest_request(token_ids: Sequence[int], mask: Sequence[bool], end_of_turn: int) -> int:
+    """Return where the request begins that the trained replies answer: behind the last turn but one before them."""
+    reply = list(mask).index(True)
+    ends = [place for place, token in enumerate(token_ids[:reply]) if token == end_of_turn]
+    return ends[-2] + 1 if len(ends) > 1 else 0
 
 
 def _trained_parts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ def ask(
     temperature: float = 0.0,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    variables: Sequence[Mapping[str, Any]] = (),
     **template_kwargs: Any,
 ) -> list[Reply]:
     """Return the model's reply to each prompt.
@@ -49,13 +50,14 @@ def ask(
         max_tokens: longest reply.
         temperature: 0 for the most likely reply.
         dtype: of the engine's matrices; default: the model's.
-        template_kwargs: variables of the chat template, such as `enable_thinking`.
+        variables: of the chat template, for each prompt its own (a row's mode, its tools); default: none.
+        template_kwargs: variables of the chat template for all, such as `enable_thinking`.
     """
     encoded = [
         [tokenizer.document_token_id, *tokenizer.encode(prompt)]
         if isinstance(prompt, str)
-        else tokenizer.encode_prompt(prompt, **template_kwargs)
-        for prompt in prompts
+        else tokenizer.encode_prompt(prompt, **{**own, **template_kwargs})
+        for prompt, own in zip(prompts, variables or [{}] * len(prompts), strict=True)
     ]
     stops = tokenizer.stop_token_ids
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop_token_ids=stops)

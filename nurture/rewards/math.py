@@ -6,7 +6,8 @@ cheat here. Fractions, percent, thousands separators and units after the number 
 
 What is no plain number goes to math-verify (symbolic equality through sympy) in a process of its own, behind seccomp,
 that is killed when it takes too long: sympy can be kept busy for ever, and math-verify's own time limit works in the
-main thread only. A failure of that process is reported as `grader_error`, apart from a wrong answer.
+main thread only. A failure of that process is reported as `grader_error`, apart from a wrong answer; so is a right
+answer that math-verify cannot read, against which every reply would be wrong.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _same(stated: str, wanted: str) -> bool:
 
 
 class _VerifierError(Exception):
-    """The process of math-verify failed twice."""
+    """The process of math-verify failed twice, or cannot read the right answer."""
 
 
 _process: subprocess.Popen[bytes] | None = None
@@ -138,7 +139,7 @@ def _verify(stated: str, wanted: str) -> bool:
 
     Raises:
         NurtureError: math-verify is not installed.
-        _VerifierError: its process died, not for want of time.
+        _VerifierError: its process died, not for want of time; or `wanted` is nothing that it can read.
     """
     if find_spec("math_verify") is None:
         raise NurtureError(
@@ -159,6 +160,8 @@ def _verify(stated: str, wanted: str) -> bool:
                 answer = process.stdout.readline()
             except OSError:
                 answer = b""
+            if answer == b"null\n":
+                raise _VerifierError
             if answer:
                 return answer == b"true\n"
             _stop()
@@ -222,7 +225,7 @@ def _serve() -> None:
     for line in sys.stdin:
         wanted, stated = (parsed(text) for text in json.loads(line))
         try:
-            same = bool(wanted and stated and verify(wanted, stated, timeout_seconds=None))
+            same = bool(stated and verify(wanted, stated, timeout_seconds=None))
         except Exception:
             same = False
-        print(json.dumps(same), flush=True)
+        print(json.dumps(same if wanted else None), flush=True)

@@ -57,6 +57,7 @@ from nurture.model.transformer import Transformer
 from nurture.rollout import Rollout, RolloutBatch, Sampler, collate, collect, token_logprobs
 from nurture.stages.context import StageContext
 from nurture.stages.rl import (
+    PROMPTS,
     Learner,
     Played,
     PolicyEngine,
@@ -207,7 +208,7 @@ def tasks_of(
         return words
     env = config.env if split == "train" else config.heldout_env or config.env
     if env.startswith(REMOTE):
-        return [None] * (config.heldout_prompts if split == "heldout" else config.prompts)
+        return [None] * (config.heldout_prompts if split == "heldout" else config.prompts or PROMPTS)
     raise NurtureError(f"stage '{config.name}': env '{env}' needs data: rows with an answer or tests.")
 
 

@@ -479,12 +479,12 @@ class Exam:
             self.samples = gold_samples(graded)
             return measures | self._scored([task.messages for task in self.tasks], [g.reply for g in graded])
         room = model.config.max_position - config.reply_tokens
-        prompts = [
-            row.prompt for row in self.rows if row.prompt and len(tokenizer.encode_prompt(row.prompt)) < room
-        ]
-        if not prompts:
+        asked = [(row.prompt, row.template_kwargs) for row in self.rows if row.prompt]
+        asked = [(p, own) for p, own in asked if len(tokenizer.encode_prompt(p, **own)) < room]
+        if not asked:
             return {}
-        replies = ask(model, tokenizer, prompts, **how)
+        prompts = [prompt for prompt, _ in asked]
+        replies = ask(model, tokenizer, prompts, variables=[own for _, own in asked], **how)
         self.samples = [
             {"prompt": prompt[-1]["content"], "reply": reply.text, "stopped": reply.stopped}
             for prompt, reply in list(zip(prompts, replies, strict=True))[:12]

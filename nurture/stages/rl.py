@@ -75,6 +75,8 @@ from nurture.types import Batch, LossFunction, LossResult
 
 log = logging.getLogger(__name__)
 
+PROMPTS = 4000
+"""Taken from an endless source where the recipe does not say."""
 FIRST_TASK = 20_000
 """Where the world's tasks are read from: earlier ones were demonstrated or compared in the stages before."""
 
@@ -93,8 +95,8 @@ class RLConfig(TrainingConfig):
 
     steps: PositiveInt | None = None
     """Turns of the loop: rollouts, then the updates on them; or give `minutes`."""
-    prompts: Count = Field(default=4000, gt=0)
-    """Most prompts taken from an endless source."""
+    prompts: Count | None = Field(default=None, gt=0)
+    """Most prompts taken from each source; by default 4,000 of an endless one, and all of any other."""
     prompts_per_step: PositiveInt = 32
     """Prompts whose completions make one step."""
     group_size: PositiveInt = 1
@@ -176,8 +178,10 @@ def read_prompts(
     """
     found: list[list[Row]] = []
     dropped = 0
-    most = config.prompts if split == "train" else max(1, config.heldout_prompts // max(1, len(data)))
     for spec in data.values():
+        most = config.prompts or (PROMPTS if is_endless(spec) else None)
+        if split == "heldout":
+            most = max(1, config.heldout_prompts // max(1, len(data)))
         rows: list[Row] = []
         stream = read_rows(
             spec,
@@ -190,13 +194,14 @@ def read_prompts(
         for row in stream:
             if not row.prompt:
                 continue
-            if len(tokenizer.encode_prompt(row.prompt)) + config.max_tokens > config.sequence_length:
+            prompt = tokenizer.encode_prompt(row.prompt, **config.template_kwargs)  # as it will be played
+            if len(prompt) + config.max_tokens > config.sequence_length:
                 dropped += 1
                 if dropped > 1000 and not rows:  # an endless source none of whose prompts fits
                     break
                 continue
             rows.append(row)
-            if len(rows) == most and (split == "heldout" or is_endless(spec)):
+            if len(rows) == most:
                 break
         found.append(rows)
     if dropped:

@@ -192,10 +192,8 @@ def _rows(
 def _conversations(
     config: Config, context: StageContext, tokenizer: Tokenizer, name: str
 ) -> Iterator[Conversation]:
-    for conversation in tokenise_conversations(_rows(config, context, name, "train"), tokenizer, name):
-        if config.loss_on == "all":
-            conversation = conversation._replace(completion_mask=[True] * len(conversation.token_ids))
-        yield conversation
+    rows = _rows(config, context, name, "train")
+    return tokenise_conversations(rows, tokenizer, name, questions=config.loss_on == "all")
 
 
 def _heldout_batches(
@@ -300,10 +298,14 @@ def _card(
             both = dual_mode(model, tokenizer, world, kinds=thought_about, per_kind=n)
             card = WorldCard(card.measures | both.measures, card.samples + both.samples)
         return card
-    prompts = [row.messages[:-1] for rows in heldout.values() for row in rows if row.messages]
+    asked = [
+        (row.messages[:-1], row.template_kwargs) for rows in heldout.values() for row in rows if row.messages
+    ]
     room = model.config.max_position - config.reply_tokens
-    prompts = [p for p in prompts if len(tokenizer.encode_prompt(p)) < room][: config.heldout_conversations]
-    replies = ask(model, tokenizer, prompts, max_tokens=config.reply_tokens)
+    asked = [(p, own) for p, own in asked if len(tokenizer.encode_prompt(p, **own)) < room]
+    asked = asked[: config.heldout_conversations]
+    prompts, variables = [p for p, _ in asked], [own for _, own in asked]  # in the mode that the row is in
+    replies = ask(model, tokenizer, prompts, max_tokens=config.reply_tokens, variables=variables)
     measures = {
         "stopped": rate([reply.stopped for reply in replies]),
         "format": rate([reply.stopped and bool(reply.text.strip()) for reply in replies]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -163,6 +164,32 @@ def test_rollouts_without_credit_can_be_left_out(loss_type: str) -> None:
     (all_rows, whole), (some_rows, partial) = gradients
     assert (all_rows, some_rows) == (40, int((batch.extra["advantages"] != 0).any(1).sum()))
     assert partial == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss_type", ["ppo", "dapo", "grpo", "dr_grpo", "luspo", "rloo", "cispo", "sapo", "vespo"]
+)
+@pytest.mark.parametrize("masked", [4, 40])
+def test_rollouts_of_which_nothing_counts_make_no_nan(loss_type: str, masked: int) -> None:
+    """What the grader failed on has an empty mask; alone in a microbatch, or all there is, it must not divide by 0."""
+    policy, batch = a_batch()
+    batch.completion_mask[:masked] = False
+    batch.extra["advantages"] = batch.extra["advantages"] * batch.completion_mask
+    batch.extra["old_logprobs"] = batch.logprobs
+    batch.row_count = row_count(loss_type, 8)
+    parts = [batch.select(rows) for rows in torch.arange(40).split(4)]
+    optimizer = build_optimizer(policy, OptimizerConfig(learning_rate=1e-9))
+    loss = PolicyLoss(PolicyLossConfig(loss_type=loss_type), 1.0)
+    report = train_step(policy, optimizer, parts, loss, clip_norm=1e9, execution=EXECUTION)
+    assert (report.grad_norm > 0) == (masked < 40)
+    assert all(not math.isnan(total) for total, _ in report.metrics.values())
+    if masked < 40:
+        policy, counted = toy_model(0), batch.select(torch.arange(masked, 40))
+        counted.row_count = batch.row_count
+        counted.left_out = batch.loss_count - counted.loss_count
+        optimizer = build_optimizer(policy, OptimizerConfig(learning_rate=1e-9))
+        alone = train_step(policy, optimizer, [counted], loss, clip_norm=1e9, execution=EXECUTION)
+        assert report.grad_norm == pytest.approx(alone.grad_norm, rel=1e-4)
 
 
 def test_rollouts_without_credit_stay_where_something_else_pulls_on_them() -> None:

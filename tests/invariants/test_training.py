@@ -17,6 +17,7 @@ import pytest
 import torch
 from training_toy import VOCABULARY, toy_batches, toy_fit, toy_model
 
+from nurture import trainer
 from nurture.checkpoint import load_state
 from nurture.errors import NurtureError
 from nurture.model.hugging_face import load_model, save_model
@@ -108,14 +109,20 @@ def test_a_stage_whose_loss_stays_nan_stops_with_advice(
 
 
 @pytest.mark.parametrize("average", [None, 0.9])
-def test_resuming_repeats_the_run_bit_for_bit(tmp_path: Path, average: float | None) -> None:
-    """Saved after every update; the last states are removed, as if the run had been killed then."""
+def test_resuming_repeats_the_run_bit_for_bit(
+    tmp_path: Path, average: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved now and then; the last states are removed, as if the run had been killed after the first of them."""
     straight, report = toy_fit(tmp_path / "straight", average=average)
-    toy_fit(tmp_path / "resumed", save_every=5, average=average)
+    toy_fit(tmp_path / "resumed", save_every=5, average=average, keep=9)
     for state in (tmp_path / "resumed/state").glob("step-*"):
         if state.name > "step-00000005":
             shutil.rmtree(state)
+    assert [state.name for state in (tmp_path / "resumed/state").glob("step-*")] == ["step-00000005"]
+    done: list[int] = []
+    monkeypatch.setattr(trainer, "train_step", lambda *a, **how: done.append(1) or train_step(*a, **how))
     resumed, again = toy_fit(tmp_path / "resumed", average=average)
+    assert len(done) == 12 - 5  # neither all of them once more, nor none
     assert straight is not None
     assert resumed is not None
     assert_same(straight, resumed)

@@ -113,6 +113,7 @@ def test_a_killed_stage_ends_with_the_same_weights(
     with pytest.raises(KeyboardInterrupt):
         train(start, tmp_path / "killed", steps=6)
     train(start, tmp_path / "killed", steps=6)
+    assert calls[0] == 4 + 4  # killed in the fourth update, saved after the second
     lines = [json.loads(line) for line in (tmp_path / "killed/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 7))
     expected = dict(load_model(tmp_path / "whole/model", head="scalar").named_parameters())

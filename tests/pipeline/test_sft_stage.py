@@ -9,12 +9,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from nurture.data.packing import ConversationBatches
+from nurture.data.rows import parse_row
+from nurture.inference.engine import Completion
 from nurture.model.config import ModelConfig
+from nurture.model.hugging_face import load_model
 from nurture.model.transformer import Transformer
 from nurture.stages import sft
 from nurture.stages.context import StageContext
 from nurture.stages.training import save_result_model
 from nurture.tokenizer import Tokenizer
+from nurture.types import IGNORE_INDEX
 
 SAYING = "the fox lives in the forest and eats mice, and whoever reads the longer text learns of it"
 
@@ -63,6 +68,52 @@ def test_a_share_of_the_tokens_is_text_all_of_it_trained(context: StageContext) 
     assert whole.count("text ") > 10
     for said in tokenizer.decode([t for c in heldout for t in c.token_ids]).split("text ")[1:]:
         assert f"text {said.partition(':')[0]}:" not in whole
+
+
+@pytest.mark.parametrize("kind", ["sft", "reason"])
+def test_the_stage_trains_what_it_says(context: StageContext, kind: str) -> None:
+    """The masks of the conversations reach the packed labels: replies with their end alone, or questions too."""
+    config = settings(kind=kind, replay={})
+    tokenizer = Tokenizer.load(context.start).for_chat()
+    packed = ConversationBatches(
+        sft._beside_text(config, context, tokenizer),
+        batch_size=1,
+        sequence_length=64,
+        seed=0,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    rows = [packed(step) for step in range(packed.rows_per_epoch)]
+    said = "".join(tokenizer.decode([t for t in row.labels[0].tolist() if t != IGNORE_INDEX]) for row in rows)
+    assert said.count("<|im_end|>") == said.count("it is ") * (2 if kind == "reason" else 1) > 100
+    assert ("number" in said) == (kind == "reason")
+
+
+def test_held_out_questions_are_asked_in_their_own_mode(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was trained with a mode, or with tools, would be measured in a format it never saw without."""
+    asked: list[str] = []
+    tokenizer = Tokenizer.load(context.start).for_chat()
+
+    class Silent:
+        def __init__(self, *model: object, **settings: object) -> None:
+            pass
+
+        def generate(self, prompts: list[list[int]], *more: object, **settings: object) -> list[Completion]:
+            asked.extend(map(tokenizer.decode, prompts))
+            return [Completion([tokenizer.end_of_turn_id], [0.0], "stop") for _ in prompts]
+
+    monkeypatch.setattr("nurture.evals.replies.Engine", Silent)
+    turns = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "eats mice"}]
+    modes: list[dict[str, object]] = [{"enable_thinking": True}, {"enable_thinking": False}, {}]
+    rows = [parse_row({"messages": turns, "chat_template_kwargs": mode}, "f:1") for mode in modes]
+    card = sft._card(
+        settings(replay={}), context, load_model(context.start), tokenizer, {"talk": rows}, base=False
+    )
+    assert card.measures["stopped"].value == 1
+    expected = [tokenizer.render(turns[:1], add_generation_prompt=True, **mode) for mode in modes]
+    assert asked == expected
+    assert len(set(asked)) == 3
 
 
 def test_little_text_ends_without_being_read_again(context: StageContext) -> None:

@@ -129,9 +129,29 @@ def test_results_have_the_agreed_shape(finished: Path) -> None:
     assert {"train/loss", "tokens/web", "epoch/web"} <= set().union(*lines)
 
 
-def test_models_load_in_transformers_and_compute_the_same(finished: Path) -> None:
+def test_every_trained_stage_has_a_before_and_an_after(finished: Path) -> None:
+    """Is it any good? Each stage answers with numbers of its start and its result; PPO also with who is preferred."""
+    for place, stage in enumerate(STAGES):
+        if stage in ("tokenizer", "pairs"):  # they change no model
+            continue
+        result = json.loads((finished / f"{place:02}-{stage}/result.json").read_text())
+        assert any({"before", "after"} <= entry.keys() for entry in result["metrics"].values()), stage
+    ppo = json.loads((finished / "06-ppo/result.json").read_text())
+    for name in ("kl", "proxy_reward", "gold_reward"):
+        assert {"before", "after"} <= ppo["metrics"][name].keys(), name
+    assert 0 <= ppo["metrics"]["gold_win_rate"]["after"] <= 1
+    assert ppo["kl_estimator"] == "k1"
+    logged = [json.loads(line) for line in (finished / "06-ppo/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in logged if "rl/reward_mean" in line]
+    assert len(steps) == 2
+    watched = {"rl/kl", "rl/sampling_kl", "rl/entropy", "rl/clip_fraction", "rl/different", "rl/ungraded"}
+    assert all(watched <= line.keys() for line in steps)
+
+
+@pytest.mark.parametrize("stage", ["04-sft", "06-ppo", "08-apo", "09-merge", "10-rlvr", "11-wordle"])
+def test_models_load_in_transformers_and_compute_the_same(finished: Path, stage: str) -> None:
     transformers = pytest.importorskip("transformers")
-    folder = finished / "04-sft/model"
+    folder = finished / stage / "model"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ours = load_model(folder)
     tokenizer = Tokenizer.load(folder)

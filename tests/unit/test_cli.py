@@ -224,6 +224,27 @@ def test_a_bug_is_one_line_and_a_log_file(here: Path, nurture: Nurture, monkeypa
         nurture("run", "trial.yaml")
 
 
+def test_masks_are_shown_as_they_are_trained(here: Path, nurture: Nurture):
+    """In the row's own mode, and in parts where the template drops thoughts: what is green carries the loss."""
+    from nurture.tokenizer import Tokenizer
+
+    Tokenizer.train(["What is 1+1? one and two 4"] * 3, 280).with_chat_template().save(here / "tokens")
+    turns = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "2", "reasoning_content": "one and one"},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4", "reasoning_content": "two and two"},
+    ]
+    for thinking, parts, trained in ((True, 2, "two and two"), (False, 1, "2<|im_end|>")):
+        row = {"messages": turns, "chat_template_kwargs": {"enable_thinking": thinking}}
+        (here / "chats.jsonl").write_text(json.dumps(row) + "\n")
+        said = nurture("show-mask", "chats.jsonl", "--tokenizer", "tokens").out
+        assert said.count("tokens trained") == parts
+        assert f"Reasoning Mode: {'/think' if thinking else '/no_think'}" in said
+        assert ("two and two" in said) == thinking
+        assert trained in said
+
+
 def test_keys_lists_settings_with_meaning(nurture: Nurture):
     lines = [" ".join(line.split()) for line in nurture("polish", "--keys").out.splitlines()]
     assert "│ learning_rate │ 0.1 │ Step size. │" in lines

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from nurture.rollout import Rollout
 from nurture.runtime import Processes
 from nurture.stages import grpo
 from nurture.stages.context import StageContext
-from nurture.stages.rl import PromptStream, read_prompts
+from nurture.stages.rl import PromptStream, read_prompts, rollout_sums
 from nurture.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(
@@ -114,6 +115,9 @@ def test_what_could_not_be_graded_is_no_zero() -> None:
     rollouts[0].info["grader_error"] = True
     grpo.pay(config(), rollouts)
     assert math.isnan(rollouts[0].reward)
+    sums = rollout_sums(rollouts)
+    assert (sums["ungraded"], sums["reward_mean"]) == ((1, 4), (2, 3))
+    assert sums["different"] == (2, 4)
     batch = grpo.to_batch(config(), TOKENIZER, rollouts)
     assert batch.completion_mask.any(1).tolist() == [False, True, True, True]
     credit = grpo.advantages(
@@ -137,6 +141,23 @@ def test_a_win_rate_is_measured_where_the_server_says_who_won(info: dict[str, bo
     assert measures["openenv_reward"].value == 0.25  # the second was cut
     wins = {"openenv_win": 0.5} if info else {}
     assert {name: m.value for name, m in measures.items() if name != "openenv_reward"} == wins
+
+
+@pytest.mark.parametrize("name", ["math", "code"])
+def test_partial_credit_is_no_win(name: str) -> None:
+    """Half of the reward for a try, say: what is measured is whether the problem was solved."""
+
+    class Kind:
+        def reset(self, task: object, seed: int) -> Observation:
+            return Observation.of("What is 6 times 7?")
+
+        def step(self, action: str) -> StepResult:
+            won = action == "Answer: 42"
+            return StepResult(Observation.of("def"), 1.0 if won else 0.5, True, {}, {"won": won})
+
+    engine = SimpleNamespace(now=lambda: Reciter("Answer: 42", "Answer: 41", "Answer: 40", "Answer: 39"))
+    measures = grpo.Exam(config(env=name), session(), engine, Kind, [None] * 4).sit().measures  # type: ignore[arg-type]
+    assert measures[name].value == 0.25
 
 
 def test_length_costs_near_the_limit_and_cut_replies_can_be_left_out() -> None:
@@ -271,3 +292,30 @@ def test_why_there_are_no_prompts_is_told(
     context = StageContext(tmp_path, base=tmp_path)
     with pytest.raises(NurtureError, match=message):
         read_prompts(config, {"few": "few.jsonl"}, context, TOKENIZER, split)
+
+
+def test_prompts_are_measured_as_they_are_played(tmp_path: Path) -> None:
+    """A mode of the chat template makes them longer: one that leaves no room then would be cut in its reply."""
+    (tmp_path / "few.jsonl").write_text('{"question": "What is 6 times 7?", "answer": "#### 42"}\n')
+    context = StageContext(tmp_path, base=tmp_path)
+    bare = len(TOKENIZER.encode_prompt(SUM.prompt))
+    settings: dict[str, Any] = {"sequence_length": bare + 4, "max_tokens": 4}
+    assert read_prompts(config(**settings), {"few": "few.jsonl"}, context, TOKENIZER, "train")
+    thinking = config(**settings, template_kwargs={"enable_thinking": True})
+    with pytest.raises(NurtureError, match="no train prompt that fits"):
+        read_prompts(thinking, {"few": "few.jsonl"}, context, TOKENIZER, "train")
+
+
+def test_as_many_prompts_as_the_recipe_says(tmp_path: Path) -> None:
+    rows = [f'{{"question": "What is {n} times 7?", "answer": "#### {7 * n}"}}\n' for n in range(60)]
+    (tmp_path / "many.jsonl").write_text("".join(rows))
+    context, data = StageContext(tmp_path, base=tmp_path), {"many": "many.jsonl", "again": "many.jsonl"}
+
+    def count(split: Any, **settings: Any) -> int:
+        return len(read_prompts(config(heldout_every=5, **settings), data, context, TOKENIZER, split))
+
+    everything = count("train")
+    assert 80 < everything < 2 * 60
+    assert count("train", prompts=7) == 2 * 7  # of each source, endless or not
+    assert count("train", prompts=1000) == everything
+    assert count("heldout", prompts=7, heldout_prompts=6) == 6

@@ -60,6 +60,8 @@ def test_eleven_trillion_tokens_in_three_stages(recipe: Recipe) -> None:
     bounds = [round(phase.until * pretrain.steps) for phase in pretrain.phases]
     assert bounds == pytest.approx([3_450_000, 4_198_000, 4_720_000], abs=5)
     assert pretrain.schedule.decay * pretrain.steps == pytest.approx(522_000, rel=1e-3)
+    assert (pretrain.schedule.kind, pretrain.schedule.warmup_steps) == ("wsd", 2000)
+    assert (pretrain.schedule.decay_shape, pretrain.schedule.final) == ("linear", 0.0)
     assert {source for phase in pretrain.phases for source in phase.weights} == set(pretrain.sources)
 
 
@@ -67,6 +69,13 @@ def test_eleven_trillion_tokens_in_three_stages(recipe: Recipe) -> None:
 def test_mixtures_add_up_as_published(recipe: Recipe, phase: int) -> None:
     found = sums(stage(recipe, "pretrain").phases[phase].weights)
     assert list(found.values()) == pytest.approx(PUBLISHED[phase], abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "rate"), [("pretrain", 2e-4), ("extend-32k", 2e-5), ("extend-64k", 2e-5)])
+def test_the_optimizer_of_pretraining_and_extending(recipe: Recipe, name: str, rate: float) -> None:
+    adam = stage(recipe, name).optimizer
+    assert (adam.kind, adam.learning_rate, adam.beta1, adam.beta2) == ("adamw", rate, 0.9, 0.95)
+    assert (adam.epsilon, adam.weight_decay, adam.clip_norm) == (1e-8, 0.1, 1.0)
 
 
 def test_context_is_extended_twice(recipe: Recipe) -> None:
@@ -77,10 +86,12 @@ def test_context_is_extended_twice(recipe: Recipe) -> None:
         config = stage(recipe, name)
         assert (config.sequence_length, config.rope_theta, config.steps) == (length, theta, steps)
         assert config.batch_size * length == 2_359_296
+        rate = config.schedule
+        assert (rate.kind, rate.warmup_steps, rate.final) == ("cosine", 1000, 0.0)
         (phase,) = config.phases
         assert sum(phase.weights.values()) == pytest.approx(1.0, abs=1e-6)
         assert set(phase.weights) == set(config.sources)
-    assert stage(recipe, "extend-64k").yarn == 2
+        assert config.yarn is None  # for the finished model: mid-training, SFT and APO are without
 
 
 def test_post_training_is_as_published(recipe: Recipe) -> None:
@@ -91,9 +102,15 @@ def test_post_training_is_as_published(recipe: Recipe) -> None:
     assert sft.shares["openthoughts3-1-2m-think"] == 0.02
     for config in (reason, sft):
         assert config.optimizer.learning_rate == 2e-5
-        assert config.batch_size == 128
+        assert (config.batch_size, config.epochs, config.seed) == (128, 5, 42)
+        assert config.schedule.warmup == 0.03
+    for config in (reason, sft, apo):
         assert (config.schedule.kind, config.schedule.final) == ("cosine", 0.1)
+        rest = config.optimizer
+        assert (rest.beta1, rest.beta2, rest.weight_decay, rest.clip_norm) == (0.9, 0.999, 0.0, 0.2)
     assert (apo.loss, apo.beta, apo.optimizer.learning_rate) == ("apo_zero", 0.05, 1e-6)
     assert apo.shares == {"tulu": 0.5, "qwen": 0.25}
+    assert (apo.answer_tokens, apo.sequence_length, apo.epochs) == (24_576, 2 * 24_576, 1)
+    assert apo.schedule.warmup == 0.1
     assert (merge.models, merge.share) == (["reason"], 0.9)
     assert recipe.starts["merge"] == "apo"

@@ -218,3 +218,36 @@ def test_tokenised_rows():
         assert (got.token_ids, got.completion_mask) == tokenizer.encode_conversation(row.messages)
     report = batches(found, sequence_length=64, pad_token_id=tokenizer.pad_token_id).report
     assert report.packed == 5
+
+
+def test_with_questions_every_turn_is_trained_once():
+    """Where earlier thoughts are dropped, a conversation is trained in parts; what stands in both is trained in one."""
+    tokenizer = Tokenizer.train(["What is 1+1? one and two 4"] * 3, 280)
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "<think>\none and one\n</think>\n2"},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "<think>\ntwo and two\n</think>\n4"},
+        {"role": "user", "content": "3+3?"},
+        {"role": "assistant", "content": "<think>\nthree and three\n</think>\n6"},
+    ]
+    row = parse_row({"messages": turns}, "f:1")
+
+    def trained(**how) -> list[str]:
+        parts = tokenise_conversations([row], tokenizer, **how)
+        return [
+            tokenizer.decode([t for t, own in zip(c.token_ids, c.completion_mask, strict=True) if own])
+            for c in parts
+        ]
+
+    replies = [f"{turns[place]['content']}<|im_end|>" for place in (2, 4, 6)]
+    assert trained() == replies
+    questions = [f"<|im_start|>user\n{turns[place]['content']}<|im_end|>\n" for place in (1, 3, 5)]
+    whole = [f"{q}<|im_start|>assistant\n{r}\n" for q, r in zip(questions, replies, strict=True)]
+    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert trained(questions=True) == [system + whole[0], "\n" + whole[1], "\n" + whole[2]]
+    # Without thoughts there is one part, all of it trained.
+    plain = parse_row({"messages": [turns[1], {"role": "assistant", "content": "2"}] * 2}, "f:2")
+    (part,) = tokenise_conversations([plain], tokenizer, questions=True)
+    assert all(part.completion_mask)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from nurture.data.comparisons import Comparison
@@ -33,3 +35,13 @@ def test_accuracy_ceiling_ties_and_length() -> None:
 def test_one_source_has_no_parts() -> None:
     card = reward_card(COMPARISONS[:2], REWARDS[:2], ties="drop", tie_threshold=0.0)
     assert not [name for name in card.measures if "/" in name or "ceiling" in name or "tie" in name]
+
+
+@pytest.mark.parametrize(("odds", "error"), [(3.0, 0.0), (8.0, 8 / 9 - 3 / 4), (1.4, 3 / 4 - 7 / 12)])
+def test_calibration_is_what_was_said_against_what_happened(odds: float, error: float) -> None:
+    """Six of eight pairs as the model says, at the same odds: right at 3 to 1, too sure at 8 to 1, too meek at 7 to 5."""
+    pairs = [Comparison(([1] * 3, [1] * 3), 1, ((0,), (1,)))] * 8
+    rewards = [[math.log(odds), 0.0]] * 6 + [[0.0, math.log(odds)]] * 2
+    card = reward_card(pairs, rewards, ties="drop", tie_threshold=0.0)
+    assert card.measures["calibration_error"].value == pytest.approx(error, abs=1e-9)
+    assert sum(row["n"] for row in card.tables["calibration"]) == 8

@@ -1,5 +1,7 @@
 """Final answers found and compared; lists of guesses earn nothing."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from nurture.data.rows import parse_row
@@ -97,3 +99,22 @@ def test_a_grader_that_dies_is_not_a_wrong_answer(monkeypatch: pytest.MonkeyPatc
     verdict = check_math("\\boxed{(x+1)^2}", "x^2 + 2x + 1")
     assert verdict.grader_error
     assert not verdict.correct
+
+
+@pytest.mark.parametrize("answer", ["\\frac{1}{", "x^2 +"])
+def test_a_right_answer_that_cannot_be_read_makes_no_reply_wrong(answer: str):
+    verdict = check_math("\\boxed{x^2 + 1}", answer)
+    assert verdict.grader_error
+    assert not verdict.correct
+    assert check_math(f"Answer: {answer}", answer).correct  # the same letters
+    assert not check_math("\\boxed{\\frac{1}{}", "x + 1").grader_error  # of the reply it is just wrong
+
+
+def test_it_grades_and_gives_up_outside_the_main_thread_too(monkeypatch: pytest.MonkeyPatch):
+    """A time limit by SIGALRM works in the main thread only, and raises or waits for ever in others."""
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(check_math, "\\boxed{(x+1)^2}", "x^2 + 2x + 1").result().correct
+        monkeypatch.setattr(math, "_SECONDS", 0.5)
+        verdict = thread.submit(check_math, "\\boxed{9^{9^{9^{9^9}}} x}", "x + 1").result(timeout=60)
+    assert not verdict.correct
+    assert not verdict.grader_error

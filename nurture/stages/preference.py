@@ -61,7 +61,6 @@ from nurture.stages.training import (
     Session,
     TrainingConfig,
     open_session,
-    plan_steps,
     remember,
     save_result_model,
     train,
@@ -171,24 +170,10 @@ def run(config: Config, context: StageContext) -> None:
     evaluation_seconds = time.monotonic() - started
     # The same numbers on the pairs are known beforehand (the policy is the reference), but not where it is another.
     before = remember(context.directory, "before", lambda: pairs_before | exam.sit(session.whole()))
-    steps = plan_steps(
-        config,
-        context,
-        session,
-        lambda _: batches,
-        loss_fn,
-        default_steps=batches.steps(config.epochs) if config.steps is None else None,
-        evaluation_seconds=evaluation_seconds,
-    )
     report = train(
-        config,
-        context,
-        session,
-        batches,
-        loss_fn,
-        steps,
-        lambda: {f"eval/{name}": measure.value for name, measure in on_pairs().items()},
-    )
+        config, context, session, lambda _: batches, loss_fn, on_pairs,
+        default_steps=batches.steps(config.epochs), evaluation_seconds=evaluation_seconds,
+    )  # fmt: skip
     model = session.whole()
     after = on_pairs() | exam.sit(model)
     if model is None:
@@ -202,8 +187,8 @@ def run(config: Config, context: StageContext) -> None:
         after=after,
         samples=exam.samples,
         notes={
-            "steps": steps,
-            "epochs": batches.epochs(steps),
+            "steps": report.steps,
+            "epochs": batches.epochs(report.steps),
             "loss": config.loss,
             "beta": config.beta,
             "preferences": {**vars(batches.report), "left_out": dict(lost)},

@@ -39,7 +39,6 @@ from nurture.stages.training import (
     Session,
     TrainingConfig,
     open_session,
-    plan_steps,
     remember,
     save_result_model,
     train,
@@ -164,25 +163,11 @@ def read_mixture(
             whole_documents=config.whole_documents,
         )
 
-    steps = plan_steps(
-        config,
-        context,
-        session,
-        lambda steps: read(mixture_of(steps)),
-        loss_fn,
-        default_steps=_steps_of_tokens(config),
-        evaluation_seconds=evaluation_seconds,
-    )
-    mixture = mixture_of(steps)
     report = train(
-        config,
-        context,
-        session,
-        read(mixture),
-        loss_fn,
-        steps,
-        lambda: {f"eval/{name}": measure.value for name, measure in heldout_bits().items()},
-    )
+        config, context, session, lambda steps: read(mixture_of(steps)), loss_fn, heldout_bits,
+        default_steps=_steps_of_tokens(config), evaluation_seconds=evaluation_seconds,
+    )  # fmt: skip
+    steps, mixture = report.steps, mixture_of(report.steps)
     notes = {
         "steps": steps,
         "shares_by_phase": _shares_by_phase(mixture, steps),

@@ -40,6 +40,7 @@ from nurture.data.rows import Row, parse_ranking
 from nurture.data.sources import make_world, read_rows
 from nurture.errors import NurtureError
 from nurture.evals.best_of_n import best_of_n_curve
+from nurture.evals.measure import Measure
 from nurture.evals.reward_card import RewardCard, reward_card
 from nurture.files import atomic_write_text
 from nurture.losses.reward import RewardLoss, TieModel, fit_tie_threshold
@@ -56,7 +57,6 @@ from nurture.stages.training import (
     Session,
     TrainingConfig,
     open_session,
-    plan_steps,
     remember,
     save_result_model,
     train,
@@ -204,13 +204,9 @@ def run(config: Config, context: StageContext) -> None:
     def card(threshold: float, measured: Collected = heldout) -> RewardCard:
         return _card(config, measured, _answer_values(config, session, measured.comparisons), threshold)
 
-    def progress() -> dict[str, float]:
+    def progress() -> dict[str, Measure]:
         measures = card(config.tie_threshold, few).measures
-        return {
-            f"eval/{name}": measures[name].value
-            for name in ("pair_accuracy", "tie_accuracy")
-            if name in measures
-        }
+        return {name: measures[name] for name in ("pair_accuracy", "tie_accuracy") if name in measures}
 
     def before_training() -> RewardCard:
         if not is_fresh:
@@ -223,16 +219,10 @@ def run(config: Config, context: StageContext) -> None:
     if config.minutes is not None:
         progress()
     loss_fn = RewardLoss(config.ties, config.tie_threshold, config.margin, config.centring)
-    steps = plan_steps(
-        config,
-        context,
-        session,
-        lambda _: batches,
-        loss_fn,
-        default_steps=batches.steps(config.epochs) if config.steps is None else None,
-        evaluation_seconds=time.monotonic() - started,
-    )
-    report = train(config, context, session, batches, loss_fn, steps, progress)
+    report = train(
+        config, context, session, lambda _: batches, loss_fn, progress,
+        default_steps=batches.steps(config.epochs), evaluation_seconds=time.monotonic() - started,
+    )  # fmt: skip
     session.model.eval()
     threshold = _fitted_threshold(config, session, training.comparisons)
     shown = min(_SCALE_SAMPLE, len(training.demonstrations))
@@ -255,7 +245,7 @@ def run(config: Config, context: StageContext) -> None:
         after=after.measures,
         samples=_samples(heldout, reward_model),
         notes={
-            "steps": steps,
+            "steps": report.steps,
             "comparisons": vars(batches.report),
             "labeler": _labeler_notes(training, labeler),
             "reward_scale": vars(reward_model.scale),

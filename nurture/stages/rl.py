@@ -33,7 +33,6 @@ from nurture.data.sources import is_endless, read_rows
 from nurture.environments.protocol import Environment, Observation, StepResult
 from nurture.errors import NurtureError
 from nurture.evals.overoptimisation import repetition
-from nurture.files import atomic_write_json, make_directory, read_json
 from nurture.inference.engine import Engine
 from nurture.inference.sampling import SamplingParams, sequence_seeds
 from nurture.inference.vllm import VllmEngine
@@ -56,7 +55,7 @@ from nurture.recipe import Count
 from nurture.rollout import Rollout, RolloutBatch, Sampler, collect, token_logprobs
 from nurture.runtime import Execution, ExecutionConfig, Processes
 from nurture.stages.context import StageContext
-from nurture.stages.training import BUDGET_MARGIN, Session, TrainingConfig
+from nurture.stages.training import BUDGET_MARGIN, Session, TrainingConfig, kept
 from nurture.tokenizer import Tokenizer
 from nurture.trainer import (
     MOST_EVALUATIONS,
@@ -276,9 +275,9 @@ def without_idle_rows(batch: RolloutBatch, loss: PolicyLossConfig) -> RolloutBat
     rows = (batch.extra["advantages"] * batch.completion_mask).any(1).nonzero().flatten()
     if loss.kl_coefficient > 0 or loss.entropy_coefficient > 0 or len(rows) in (0, len(batch.token_ids)):
         return batch
-    kept = batch.select(rows)
-    kept.left_out = batch.loss_count - kept.loss_count
-    return kept
+    chosen = batch.select(rows)
+    chosen.left_out = batch.loss_count - chosen.loss_count
+    return chosen
 
 
 @torch.no_grad()
@@ -500,8 +499,8 @@ def learn(
     loaded = load_state(state, together, optimizers, averages, processes) or {"step": 0}
     first = int(loaded["step"])
     memory.update(loaded.get("memory", {}))
-    for name, kept in loaded.get("progress", {}).items():
-        learners[name].progress = Progress(**kept)
+    for name, progress in loaded.get("progress", {}).items():
+        learners[name].progress = Progress(**progress)
     latest: dict[str, float] = {}
 
     def do_step(step: int) -> None:
@@ -525,8 +524,8 @@ def learn(
         return latest, f"reward {latest.get('rl/reward_mean', math.nan):.3f}"
 
     def save(done: int) -> None:
-        kept = {name: vars(learner.progress) for name, learner in learners.items()}
-        facts_to_keep = {"memory": memory, "progress": kept}
+        progress = {name: vars(learner.progress) for name, learner in learners.items()}
+        facts_to_keep = {"memory": memory, "progress": progress}
         save_state(state, done, together, optimizers, averages, facts_to_keep, processes, config.loop.keep)
 
     done = run_steps(
@@ -637,34 +636,32 @@ def plan_rl_steps(
         return config.steps
     if config.minutes is None:
         raise NurtureError(f"stage '{config.name}': say how long to train with steps or minutes.")
-    plan_file = context.directory / "state" / "plan.json"
-    processes = session.execution.processes
-    if plan_file.exists():
-        return int(read_json(plan_file, f"Delete {plan_file.parent} to start the stage anew.")["steps"])
-    times, untouched = [], dict(memory)
-    for learner in learners.values():
-        learner.optimizer.set_factor(0.0)  # real updates that change nothing
-    for step in range(2):
-        started = time.monotonic()
-        update(config, learners, play(step), session.execution, session.seed, step, context)
-        times.append(time.monotonic() - started)
-    for learner in learners.values():
-        learner.progress = Progress()
-        for part in learner.optimizer.parts:
-            part.state.clear()
-    memory.clear()
-    memory.update(untouched)
-    spent = time.monotonic() - session.opened + (MOST_EVALUATIONS + 1) * evaluation_seconds
-    steps = int(processes.agree(int((config.minutes * 60 * BUDGET_MARGIN - spent) / times[-1])))
-    if steps < 1:
-        raise NurtureError(
-            f"stage '{config.name}': {config.minutes} minutes are too short; a step takes {times[-1]:.1f} s, and "
-            f"{spent:.0f} s go to opening and evaluating. Give it more minutes, or fewer prompts_per_step."
-        )
-    if processes.is_main:
-        make_directory(plan_file.parent)
-        atomic_write_json(plan_file, {"steps": steps, "seconds_per_step": round(times[-1], 3)})
-    return steps
+    processes, budget = session.execution.processes, config.minutes * 60
+
+    def measured() -> dict[str, float]:
+        times, untouched = [], dict(memory)
+        for learner in learners.values():
+            learner.optimizer.set_factor(0.0)  # real updates that change nothing
+        for step in range(2):
+            started = time.monotonic()
+            update(config, learners, play(step), session.execution, session.seed, step, context)
+            times.append(time.monotonic() - started)
+        for learner in learners.values():
+            learner.progress = Progress()
+            for part in learner.optimizer.parts:
+                part.state.clear()
+        memory.clear()
+        memory.update(untouched)
+        spent = time.monotonic() - session.opened + (MOST_EVALUATIONS + 1) * evaluation_seconds
+        steps = int(processes.agree(int((budget * BUDGET_MARGIN - spent) / times[-1])))
+        if steps < 1:
+            raise NurtureError(
+                f"stage '{config.name}': {config.minutes} minutes are too short; a step takes {times[-1]:.1f} s, and "
+                f"{spent:.0f} s go to opening and evaluating. Give it more minutes, or fewer prompts_per_step."
+            )
+        return {"steps": steps, "seconds_per_step": round(times[-1], 3)}
+
+    return int(kept(context.directory, "plan", measured, processes)["steps"])
 
 
 def updates_per_step(config: RLConfig) -> int:

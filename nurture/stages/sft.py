@@ -51,7 +51,6 @@ from nurture.stages.training import (
     Session,
     TrainingConfig,
     open_session,
-    plan_steps,
     remember,
     save_result_model,
     train,
@@ -141,24 +140,11 @@ def run(config: Config, context: StageContext) -> None:
         context.directory, "before", lambda: measure_all(session.whole(), base=_is_base(context)).measures
     )
     loss_fn = LanguageLoss(session.byte_lengths)
-    steps = plan_steps(
-        config,
-        context,
-        session,
-        lambda _: packed,
-        loss_fn,
-        default_steps=max(1, packed.steps(config.epochs)) if config.steps is None else None,
-        evaluation_seconds=(time.monotonic() - started) / 10,
-    )
+    seconds = (time.monotonic() - started) / 10
     report = train(
-        config,
-        context,
-        session,
-        packed,
-        loss_fn,
-        steps,
-        lambda: {f"eval/{name}": measure.value for name, measure in heldout_bits().items()},
-    )
+        config, context, session, lambda _: packed, loss_fn, heldout_bits,
+        default_steps=packed.steps(config.epochs), evaluation_seconds=seconds,
+    )  # fmt: skip
     model = session.whole()
     card = measure_all(model, base=False)
     if model is None:
@@ -170,7 +156,11 @@ def run(config: Config, context: StageContext) -> None:
         before=before,
         after=card.measures,
         samples=card.samples,
-        notes={"steps": steps, "epochs": packed.epochs(steps), "packing": vars(packed.report)},
+        notes={
+            "steps": report.steps,
+            "epochs": packed.epochs(report.steps),
+            "packing": vars(packed.report),
+        },
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
+from statistics import fmean, pstdev, stdev
 
 import numpy as np
 
@@ -47,6 +47,16 @@ def rate(outcomes: Sequence[float]) -> Measure:
         return Measure(0.0, 0, 0.0, 1.0)
     share = successes / n
     return Measure(share, n, *wilson(share, n), outcomes=tuple(map(float, outcomes)))
+
+
+def mean(values: Sequence[float]) -> Measure:
+    """Return the mean with its normal 95 % interval."""
+    n = len(values)
+    if n == 0:
+        return Measure(0.0, 0)
+    centre = fmean(values)
+    half = Z_95 * pstdev(values) / max(n - 1, 1) ** 0.5
+    return Measure(centre, n, centre - half, centre + half, outcomes=tuple(values))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

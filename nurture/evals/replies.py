@@ -1,8 +1,11 @@
-"""Ask a model and collect what it says: the step every evaluation by generation shares."""
+"""Ask a model and collect what it says: the step every evaluation by generation shares.
+
+Tasks of the embedded world are asked and graded here as well: what counts is a right reply that also ended.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,7 @@ from nurture.model.transformer import Transformer
 from nurture.progress import progress_bar
 from nurture.tokenizer import Tokenizer
 from nurture.types import Message
+from nurture.world import Grade, Task, World
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,25 @@ class Reply:
     text: str
     stopped: bool
     tokens: int
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A reply to a task of the world and what it is worth."""
+
+    task: Task
+    reply: Reply
+    grade: Grade
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer is the right one, and the reply ended."""
+        return bool(self.grade.correct) and self.reply.stopped
+
+    @property
+    def in_form(self) -> bool:
+        """Whether the reply has the form that the task demands, and ended."""
+        return self.grade.format and self.reply.stopped
 
 
 def ask(
@@ -72,3 +95,38 @@ def reply_of(completion: Completion, tokenizer: Tokenizer) -> Reply:
         completion.finish_reason == "stop" and completion.token_ids[-1] == tokenizer.end_of_turn_id,
         len(completion.token_ids),
     )
+
+
+def that_fit(
+    prompts: Iterable[Sequence[Message]], model: Transformer, tokenizer: Tokenizer, reply_tokens: int
+) -> list[Sequence[Message]]:
+    """Return the conversations that leave room in the model's context for so long a reply."""
+    room = model.config.max_position - reply_tokens
+    return [prompt for prompt in prompts if len(tokenizer.encode_prompt(prompt)) < room]
+
+
+def samples_of(prompts: Sequence[Sequence[Message]], replies: Sequence[Reply]) -> list[dict[str, Any]]:
+    """Return the first dozen replies, for `samples.jsonl`."""
+    return [
+        {"prompt": prompt[-1]["content"], "reply": reply.text, "stopped": reply.stopped}
+        for prompt, reply in list(zip(prompts, replies, strict=True))[:12]
+    ]
+
+
+def heldout_tasks(world: World, kinds: Sequence[str], per_kind: int, first: int = 0) -> list[Task]:
+    """Return held-out tasks, `per_kind` of each kind from index `first` on."""
+    return [world.task(kind, "heldout", first + index) for kind in kinds for index in range(per_kind)]
+
+
+def ask_tasks(
+    model: Transformer, tokenizer: Tokenizer, world: World, tasks: Sequence[Task], **how: Any
+) -> list[Graded]:
+    """Ask a model every task and grade what it says; `how` as in `ask`."""
+    return graded(world, tasks, ask(model, tokenizer, [task.messages for task in tasks], **how))
+
+
+def graded(world: World, tasks: Sequence[Task], replies: Sequence[Reply]) -> list[Graded]:
+    """Grade the reply to each task."""
+    return [
+        Graded(task, reply, world.grade(task, reply.text)) for task, reply in zip(tasks, replies, strict=True)
+    ]

@@ -41,7 +41,7 @@ from nurture.evals.adaptation import (
 )
 from nurture.evals.best_of_n import best_of_n
 from nurture.evals.measure import Measure, difference, rate
-from nurture.evals.replies import Reply, ask
+from nurture.evals.replies import Reply, ask, graded
 from nurture.evals.world_card import cloze_accuracy
 from nurture.losses.language import LanguageLoss
 from nurture.model.lora import LoraConfig, add_adapters
@@ -293,10 +293,8 @@ def _prompted(
 
 def _graded(world: World, tasks: Sequence[Task], replies: Sequence[Reply]) -> tuple[Measure, Measure]:
     """Return how many replies are right, and how many have the form; both must have ended."""
-    grades = [world.grade(task, reply.text) for task, reply in zip(tasks, replies, strict=True)]
-    ended = [reply.stopped for reply in replies]
-    right = rate([bool(grade.correct) and end for grade, end in zip(grades, ended, strict=True)])
-    return right, rate([grade.format and end for grade, end in zip(grades, ended, strict=True)])
+    found = graded(world, tasks, replies)
+    return rate([g.is_right for g in found]), rate([g.in_form for g in found])
 
 
 def thresholds(programs: Sequence[Program], target: float) -> list[dict[str, Any]]:
@@ -342,10 +340,7 @@ def _best_of_n(
         shown = [] if chat else demonstrations
         replies = _prompted(bench, models[name], questions, shown, chat=chat, replies=n)
         asked = [task for task in questions for _ in range(n)]
-        grades = [bench.world.grade(task, reply.text) for task, reply in zip(asked, replies, strict=True)]
-        right = np.array(
-            [bool(g.correct) and r.stopped for g, r in zip(grades, replies, strict=True)], dtype=float
-        )
+        right = np.array([g.is_right for g in graded(bench.world, asked, replies)], dtype=float)
         right = right.reshape(len(questions), n)
         for power in range(n.bit_length()):
             # With the truth itself as the reward, the best of n is right when any is.

@@ -45,8 +45,7 @@ from nurture.advantages import (
 from nurture.environments.catalog import REMOTE, Make, environment_maker, kind_of
 from nurture.environments.wordle import Wordle, WordleConfig
 from nurture.errors import NurtureError
-from nurture.evals.measure import Measure, rate
-from nurture.evals.win_rate import mean
+from nurture.evals.measure import Measure, mean, rate
 from nurture.evals.wordle import wordle_card
 from nurture.inference.sampling import SamplingParams
 from nurture.losses.policy import KL_ESTIMATORS, PolicyLossConfig, row_count

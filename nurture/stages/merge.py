@@ -34,14 +34,8 @@ from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.long_context import accuracy, find_again
 from nurture.evals.measure import Measure
-from nurture.evals.win_rate import (
-    gold_measures,
-    gold_samples,
-    graded_replies,
-    heldout_tasks,
-    named_kinds,
-    win_rate,
-)
+from nurture.evals.replies import ask_tasks, heldout_tasks
+from nurture.evals.win_rate import gold_measures, gold_samples, named_kinds, wins
 from nurture.evals.world_card import cloze_accuracy
 from nurture.files import make_directory
 from nurture.model import merging
@@ -157,9 +151,7 @@ def _merge(config: Config, context: StageContext, start: Path) -> None:
     seconds = time.monotonic() - seconds
     merged = load_model(target)
     after = exam.measures(merged)
-    ours, theirs = (of["gold_reward"].outcomes if "gold_reward" in of else None for of in (after, before))
-    if ours and theirs:
-        after["gold_win_rate"] = win_rate(ours, theirs)
+    after |= wins(before, after)
     write_result(
         context.directory,
         tokens=0,
@@ -300,7 +292,7 @@ class _Exam:
         if self.world is not None:
             tasks = heldout_tasks(self.world, self.kinds, config.prompt_count, first=first)
             how: dict[str, Any] = {"max_tokens": config.reply_tokens, "temperature": config.temperature}
-            graded = graded_replies(model, self.tokenizer, self.world, tasks, **how)
+            graded = ask_tasks(model, self.tokenizer, self.world, tasks, **how)
             measures |= gold_measures(graded)
             measures["cloze"] = cloze_accuracy(model, self.tokenizer, self.world, n=100)
             self.samples = gold_samples(graded, first)

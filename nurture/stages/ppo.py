@@ -35,9 +35,9 @@ from nurture.data.rows import Row
 from nurture.data.sources import make_world
 from nurture.errors import NurtureError
 from nurture.evals.best_of_n import best_of_n_curve
-from nurture.evals.measure import Measure
+from nurture.evals.measure import Measure, mean
 from nurture.evals.overoptimisation import AlarmConfig, Point, alarms, draw, record, repetition
-from nurture.evals.win_rate import mean, win_rate
+from nurture.evals.win_rate import win_rate
 from nurture.evals.world_card import world_card
 from nurture.files import atomic_write_json
 from nurture.losses.policy import (

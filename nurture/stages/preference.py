@@ -35,17 +35,9 @@ from nurture.data.preference import Preference, PreferenceBatches, tokenise_judg
 from nurture.data.rows import Row
 from nurture.data.sources import check_shares, is_endless, make_world, read_rows, thinned
 from nurture.errors import NurtureError
-from nurture.evals.measure import Measure, rate, wilson
-from nurture.evals.replies import Reply, ask
-from nurture.evals.win_rate import (
-    gold_measures,
-    gold_samples,
-    graded_replies,
-    heldout_tasks,
-    mean,
-    named_kinds,
-    win_rate,
-)
+from nurture.evals.measure import Measure, mean, rate, wilson
+from nurture.evals.replies import Reply, ask, ask_tasks, heldout_tasks, samples_of, that_fit
+from nurture.evals.win_rate import gold_measures, gold_samples, named_kinds, wins
 from nurture.evals.world_card import programs_that_work
 from nurture.files import atomic_write, make_directory, sha256_file
 from nurture.losses.preference import PreferenceKind, PreferenceLoss, sequence_logprobs
@@ -194,16 +186,6 @@ def run(config: Config, context: StageContext) -> None:
             "preferences": {**vars(batches.report), "left_out": dict(lost)},
         },
     )
-
-
-def wins(before: dict[str, Measure], after: dict[str, Measure]) -> dict[str, Measure]:
-    """Return `gold_win_rate` and `proxy_win_rate` of the result's replies over the start's, where they were scored."""
-    rates = {}
-    for reward, name in (("gold_reward", "gold_win_rate"), ("proxy_reward", "proxy_win_rate")):
-        ours, theirs = (of[reward].outcomes if reward in of else None for of in (after, before))
-        if ours and theirs:
-            rates[name] = win_rate(ours, theirs)
-    return rates
 
 
 # ---- preferences ------------------------------------------------------------------------------------------------
@@ -419,23 +401,18 @@ class Exam:
         config, tokenizer = self.config, self.session.tokenizer
         how: dict[str, Any] = {"max_tokens": config.reply_tokens, "temperature": config.temperature}
         if self.world is not None:
-            graded = graded_replies(model, tokenizer, self.world, self.tasks, **how)
+            graded = ask_tasks(model, tokenizer, self.world, self.tasks, **how)
             measures = gold_measures(graded)
             if any(task.kind == "code" for task in self.tasks):
-                measures |= programs_that_work(self.tasks, [g.reply for g in graded])
+                measures |= programs_that_work(graded)
             self.samples = gold_samples(graded)
             return measures | self._scored([task.messages for task in self.tasks], [g.reply for g in graded])
-        room = model.config.max_position - config.reply_tokens
-        prompts = [
-            row.prompt for row in self.rows if row.prompt and len(tokenizer.encode_prompt(row.prompt)) < room
-        ]
+        asked = (row.prompt for row in self.rows if row.prompt)
+        prompts = that_fit(asked, model, tokenizer, config.reply_tokens)
         if not prompts:
             return {}
         replies = ask(model, tokenizer, prompts, **how)
-        self.samples = [
-            {"prompt": prompt[-1]["content"], "reply": reply.text, "stopped": reply.stopped}
-            for prompt, reply in list(zip(prompts, replies, strict=True))[:12]
-        ]
+        self.samples = samples_of(prompts, replies)
         return {
             "stopped": rate([reply.stopped for reply in replies]),
             "reply_tokens": mean([float(reply.tokens) for reply in replies]),

@@ -39,7 +39,7 @@ from nurture.data.sources import (
 from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure, rate
-from nurture.evals.replies import ask
+from nurture.evals.replies import ask, samples_of, that_fit
 from nurture.evals.world_card import WorldCard, dual_mode, world_card
 from nurture.losses.language import LanguageLoss
 from nurture.model.transformer import Transformer
@@ -290,19 +290,14 @@ def _card(
             both = dual_mode(model, tokenizer, world, kinds=thought_about, per_kind=n)
             card = WorldCard(card.measures | both.measures, card.samples + both.samples)
         return card
-    prompts = [row.messages[:-1] for rows in heldout.values() for row in rows if row.messages]
-    room = model.config.max_position - config.reply_tokens
-    prompts = [p for p in prompts if len(tokenizer.encode_prompt(p)) < room][: config.heldout_conversations]
+    questions = (row.messages[:-1] for rows in heldout.values() for row in rows if row.messages)
+    prompts = that_fit(questions, model, tokenizer, config.reply_tokens)[: config.heldout_conversations]
     replies = ask(model, tokenizer, prompts, max_tokens=config.reply_tokens)
     measures = {
         "stopped": rate([reply.stopped for reply in replies]),
         "format": rate([reply.stopped and bool(reply.text.strip()) for reply in replies]),
     }
-    samples = [
-        {"prompt": prompt[-1]["content"], "reply": reply.text, "stopped": reply.stopped}
-        for prompt, reply in list(zip(prompts, replies, strict=True))[:12]
-    ]
-    return WorldCard(measures, samples)
+    return WorldCard(measures, samples_of(prompts, replies))
 
 
 def world_kinds(

@@ -32,8 +32,11 @@ from nurture.evals.likelihood import score_continuations
 from nurture.evals.measure import Measure
 from nurture.model.lora import Adapter, adapters
 from nurture.model.transformer import Transformer
+from nurture.optim import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate_factor
+from nurture.runtime import ExecutionConfig, decide_execution
 from nurture.tokenizer import Tokenizer
-from nurture.types import Message
+from nurture.trainer import split_to_fit, train_step
+from nurture.types import BatchSource, LossFunction, Message
 from nurture.world import Task, World
 
 Construction = Literal["nothing", "prompt", "data", "adapter"]
@@ -100,6 +103,25 @@ def conversation_bits(
         chat.append(([tokenizer.document_token_id], token_ids))
     scores = (score_continuations(model, pairs) for pairs in (forum, chat))
     return 1 + min(ideal_bits([score.logprob for score in spelling]) for spelling in scores)
+
+
+def tune(
+    model: Transformer,
+    batches: BatchSource,
+    loss_fn: LossFunction,
+    config: OptimizerConfig,
+    schedule: ScheduleConfig,
+    steps: int,
+) -> Iterator[int]:
+    """Train `model` in place; yield after each update how many are done, with the model in eval mode."""
+    execution, optimizer = decide_execution(ExecutionConfig(compile="off")), build_optimizer(model, config)
+    for step in range(steps):
+        model.train()
+        optimizer.set_factor(learning_rate_factor(schedule, step, steps))
+        parts = split_to_fit(batches(step), ExecutionConfig().microbatch_tokens)
+        train_step(model, optimizer, parts, loss_fn, clip_norm=config.clip_norm, execution=execution)
+        model.eval()
+        yield step + 1
 
 
 def cheapest(programs: Sequence[Program], target: float) -> Program | None:

@@ -39,6 +39,18 @@ class Measure:
     high: float | None = None
     outcomes: Sequence[float] | None = field(default=None, repr=False, compare=False)
 
+    def as_data(self) -> dict[str, float | int | None]:
+        """Return the measure as plain data, without its outcomes."""
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+    def percent(self) -> str:
+        """Return a share for a sentence: `54 % (43 to 62)`."""
+        return f"{100 * self.value:.0f} % ({100 * (self.low or 0):.0f} to {100 * (self.high or 0):.0f})"
+
+    def side(self, above: str, below: str, neither: str) -> str:
+        """Return the word for where a difference is: clearly above 0, clearly below, or neither."""
+        return above if (self.low or 0) > 0 else below if (self.high or 0) < 0 else neither
+
 
 def rate(outcomes: Sequence[float]) -> Measure:
     """Return the share of true outcomes with Wilson's interval; 0 of 0 is 0 with no information. Ties count as 0.5."""

@@ -33,7 +33,7 @@ from torch import nn
 
 from nurture.data.preference import Preference, PreferenceBatches, tokenise_judged, tokenise_preferences
 from nurture.data.rows import Row
-from nurture.data.sources import check_shares, is_endless, make_world, read_rows, thinned
+from nurture.data.sources import check_shares, is_endless, make_world, thinned
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, mean, rate, wilson
 from nurture.evals.replies import Reply, ask, ask_tasks, heldout_tasks, samples_of, that_fit
@@ -130,10 +130,7 @@ class Config(TrainingConfig):
 
 def run(config: Config, context: StageContext) -> None:
     """Train `context.start` on preferences and leave the policy in `context.directory`."""
-    if context.start is None:
-        raise NurtureError(
-            f"stage '{config.name}': preference learning needs a fine-tuned model to start from."
-        )
+    context.needed_start(config, "preference learning needs a fine-tuned model")
     session = open_session(config, context, tokens=None)
     session.tokenizer = session.tokenizer.for_chat()
     lost: Counter[str] = Counter()
@@ -200,7 +197,7 @@ def _rows(
             f"stage '{config.name}': source '{name}' ({spec}) has demonstrations and no preferences. Have answers"
             " ranked first (kind: reward writes comparisons.jsonl) or written by two models (kind: synthesize)."
         )
-    rows = read_rows(spec, split=split, base=context.base, heldout_every=config.heldout_every)
+    rows = context.rows(spec, split, config.heldout_every)
     if name in config.shares:
         rows = thinned(rows, config.shares[name])
     return islice(rows, config.rows if split == "train" else config.heldout_rows)
@@ -388,8 +385,7 @@ class Exam:
         if self.world is not None:
             self.tasks = heldout_tasks(self.world, named_kinds(spec, self.world), config.prompt_count)
         elif spec:
-            where: dict[str, Any] = {"base": context.base, "heldout_every": config.heldout_every}
-            rows = list(islice(read_rows(spec, split="heldout", **where), config.prompt_count))
+            rows = list(islice(context.rows(spec, "heldout", config.heldout_every), config.prompt_count))
         self.rows = [] if self.tasks else [row for row in rows if row.prompt][: config.prompt_count]
         name = config.reward_model
         self.reward_model = load_reward_model(context.models[name]) if name is not None else None

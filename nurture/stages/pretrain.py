@@ -22,7 +22,7 @@ from pydantic import Field, PositiveInt
 from nurture.data.decontaminate import Decontaminator, evaluation_texts
 from nurture.data.mixture import MixtureBatches, MixturePhase, heldout_batches, normalised_weights
 from nurture.data.shards import NoTextError, Shard, shard_source
-from nurture.data.sources import Split, is_endless, make_world, read_rows
+from nurture.data.sources import Split, is_endless, make_world
 from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure
@@ -196,7 +196,7 @@ def open_shards(
     """Tokenise every source, or find it tokenised: (training shards, held-out shards) by source name."""
     decontaminator = None
     if config.decontaminate is not None:
-        rows = read_rows(config.decontaminate, split="all", base=context.base, world=context.world)
+        rows = context.rows(config.decontaminate, "all")
         decontaminator = Decontaminator({config.decontaminate: evaluation_texts(rows)})
     train_shards: dict[str, Shard] = {}
     heldout_shards: dict[str, Shard] = {}

@@ -37,7 +37,7 @@ from nurture.data.comparisons import (
 )
 from nurture.data.rankings import comparison_record, join_pairs
 from nurture.data.rows import Row, parse_ranking
-from nurture.data.sources import make_world, read_rows
+from nurture.data.sources import make_world
 from nurture.errors import NurtureError
 from nurture.evals.best_of_n import best_of_n_curve
 from nurture.evals.measure import Measure
@@ -180,11 +180,10 @@ class Collected:
 
 def run(config: Config, context: StageContext) -> None:
     """Train a reward model from `context.start` and leave it in `context.directory`."""
-    if context.start is None:
-        raise NurtureError(f"stage '{config.name}': a reward model needs a model to start from.")
+    start = context.needed_start(config, "a reward model needs a model")
     session = open_session(config, context, tokens=None, head="scalar")
     session.tokenizer = session.tokenizer.for_chat()
-    is_fresh = checkpoint_head(context.start) != "scalar"
+    is_fresh = checkpoint_head(start) != "scalar"
     if is_fresh:
         _flatten_head(session)
     training = collect(config, context, session, "train")
@@ -323,15 +322,10 @@ def collect(
 
 
 def _rows(config: Config, context: StageContext, name: str, split: Literal["train", "heldout"]) -> list[Row]:
-    rows = read_rows(
-        config.data[name],
-        split=split,
-        base=context.base,
-        heldout_every=config.heldout_every,
-        world=context.world,
-        start=_FIRST_TASK if split == "train" else 0,
+    first, count = (
+        (0, config.heldout_comparisons) if split == "heldout" else (_FIRST_TASK, config.comparisons)
     )
-    return list(islice(rows, config.comparisons if split == "train" else config.heldout_comparisons))
+    return list(islice(context.rows(config.data[name], split, config.heldout_every, first), count))
 
 
 def _make_comparisons(
@@ -508,7 +502,7 @@ def _best_of_n(config: Config, context: StageContext, reward_model: RewardModel)
     if not specs or config.best_of < 2 or context.start is None:
         return []
     world = make_world(context.world)
-    rows = read_rows(specs[0], split="heldout", world=world, start=config.heldout_comparisons)
+    rows = context.rows(specs[0], "heldout", start=config.heldout_comparisons)
     tasks = [row.metadata["task"] for row in islice(rows, config.best_of_prompts) if "task" in row.metadata]
     if not tasks:
         return []

@@ -19,7 +19,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from nurture.advantages import alone
 from nurture.checkpoint import load_state, save_state
 from nurture.data.rows import Row
-from nurture.data.sources import is_endless, read_rows
+from nurture.data.sources import is_endless
 from nurture.environments.protocol import Environment, Observation, StepResult
 from nurture.errors import NurtureError
 from nurture.evals.overoptimisation import repetition
@@ -47,7 +49,9 @@ from nurture.losses.policy import (
     sampling_correction,
     token_weights,
 )
-from nurture.model.parallel import whole_weights
+from nurture.model.hugging_face import load_model
+from nurture.model.lora import adapters_off
+from nurture.model.parallel import prepare, whole_weights
 from nurture.model.transformer import Transformer
 from nurture.model.weights import empty_model
 from nurture.optim import Optimizer, OptimizerConfig, ScheduleConfig, learning_rate_factor
@@ -178,15 +182,8 @@ def read_prompts(
     most = config.prompts if split == "train" else max(1, config.heldout_prompts // max(1, len(data)))
     for spec in data.values():
         rows: list[Row] = []
-        stream = read_rows(
-            spec,
-            split=split,
-            base=context.base,
-            heldout_every=config.heldout_every,
-            world=context.world,
-            start=FIRST_TASK if split == "train" else 0,
-        )
-        for row in stream:
+        first = FIRST_TASK if split == "train" else 0
+        for row in context.rows(spec, split, config.heldout_every, first):
             if not row.prompt:
                 continue
             if len(tokenizer.encode_prompt(row.prompt)) + config.max_tokens > config.sequence_length:
@@ -297,6 +294,30 @@ def score_rows(
         for result, part in zip(results, parts, strict=True):
             result[rows, : part.shape[1]] = part.float().cpu()
     return results
+
+
+def logprobs_of(model: nn.Module, batch: RolloutBatch, config: RLConfig, execution: Execution) -> Tensor:
+    """Return a model's logprob of every completion token, (B, T) float32 on the CPU, without gradients."""
+    (logprobs,) = score_rows(
+        batch, config, execution, lambda part: [token_logprobs(model, part, config.temperature)]
+    )
+    return logprobs
+
+
+class Reference:
+    """The start, frozen, which the policy's KL is measured from: a model of its own, or a policy less its adapters."""
+
+    def __init__(self, config: RLConfig, start: Path, policy: Transformer, execution: Execution) -> None:
+        """Load it where it is a model of its own."""
+        self._config, self._execution, self._policy = config, execution, policy
+        self._own = None
+        if config.lora is None:
+            self._own = prepare(load_model(start), execution).requires_grad_(False).eval()
+
+    def logprobs(self, batch: RolloutBatch) -> Tensor:
+        """Return its logprob of every completion token, as `logprobs_of` does."""
+        with adapters_off(self._policy) if self._own is None else nullcontext(self._own) as model:
+            return logprobs_of(model, batch, self._config, self._execution)
 
 
 def logprobs_and_entropies(
@@ -422,10 +443,7 @@ def old_logprobs(policy: Transformer, batch: RolloutBatch, config: RLConfig, exe
     if mode is None:
         batch.extra["old_logprobs"] = batch.logprobs
         return {}
-    (old,) = score_rows(
-        batch, config, execution, lambda part: [token_logprobs(policy, part, config.temperature)]
-    )
-    batch.extra["old_logprobs"] = old
+    batch.extra["old_logprobs"] = old = logprobs_of(policy, batch, config, execution)
     batch.extra["correction"] = sampling_correction(
         old, batch.logprobs, batch.completion_mask, mode, highest=config.correction_limit
     )
@@ -714,14 +732,16 @@ def play_rows(
     seed: int,
     group_size: int = 1,
     share: tuple[int, int] = (0, 1),
+    temperature: float | None = None,
 ) -> list[Rollout]:
-    """Let the policy play every row `group_size` times, with the stage's settings. `share`: see `collect`."""
+    """Let the policy play every row `group_size` times, by default as the stage is set up. `share`: see `collect`."""
+    temperature = config.temperature if temperature is None else temperature
     return collect(
         sampler,
         tokenizer,
         make_environment,
         rows,
-        params=SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature),
+        params=SamplingParams(max_tokens=config.max_tokens, temperature=temperature),
         group_size=group_size,
         max_turns=config.max_turns,
         max_length=config.sequence_length,

@@ -31,12 +31,10 @@ from nurture.data.sources import (
     check_shares,
     is_endless,
     make_world,
-    read_rows,
     task_kinds,
     thinned,
     voice_of,
 )
-from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure, rate
 from nurture.evals.replies import ask, samples_of, that_fit
@@ -107,8 +105,7 @@ class Config(TrainingConfig):
 
 def run(config: Config, context: StageContext) -> None:
     """Fine-tune `context.start` and leave a model that answers in `context.directory`."""
-    if context.start is None:
-        raise NurtureError(f"stage '{config.name}': fine-tuning needs a model to start from.")
+    context.needed_start(config, "fine-tuning needs a model")
     session = open_session(config, context, tokens=None)
     tokenizer = session.tokenizer.for_chat()
     with progress_bar("tokenise", None, show=session.is_main) as bar:
@@ -169,9 +166,7 @@ def _rows(
 ) -> Iterator[Row]:
     """Yield the rows of one source; an endless one is cut."""
     spec = config.data[name]
-    rows = read_rows(
-        spec, split=split, base=context.base, heldout_every=config.heldout_every, world=context.world
-    )
+    rows = context.rows(spec, split, config.heldout_every)
     if split == "train" and is_endless(spec):
         rows = islice(rows, config.conversations)  # first, so that a share is one of these
     if name in config.shares:
@@ -241,13 +236,7 @@ def _pieces(
     config: Config, context: StageContext, tokenizer: Tokenizer, name: str, split: Literal["train", "heldout"]
 ) -> Iterator[Conversation]:
     """Yield the documents of a text source as pretraining read them, cut to rows; of held-out ones only so many."""
-    rows = read_rows(
-        config.replay[name],
-        split=split,
-        base=context.base,
-        heldout_every=config.heldout_every,
-        world=context.world,
-    )
+    rows = context.rows(config.replay[name], split, config.heldout_every)
     for row in islice(rows, config.heldout_conversations if split == "heldout" else None):
         token_ids = [tokenizer.document_token_id, *tokenizer.encode(row.text or "")]
         for start in range(0, len(token_ids), config.sequence_length):

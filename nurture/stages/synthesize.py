@@ -36,7 +36,6 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from nurture.chat_template import holds_thought, split_thought
 from nurture.data.rows import Row
-from nurture.data.sources import read_rows
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, rate
 from nurture.evals.replies import reply_of
@@ -250,9 +249,7 @@ def _known(row: dict[str, Any], seen: set[str]) -> bool:
 def _asked(config: Config, context: StageContext, name: str) -> list[Row]:
     """Return the rows of a source that something can be made of; a prompt that was there before counts once."""
     spec = config.data[name]
-    stream = read_rows(
-        spec, split="train", base=context.base, heldout_every=0, world=context.world, start=config.first
-    )
+    stream = context.rows(spec, "train", heldout_every=0, start=config.first)
     wants_thoughts = config.make == "no_think"
     rows, seen = list[Row](), set[str]()
     for row in stream:

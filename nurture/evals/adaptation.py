@@ -18,6 +18,7 @@ complexity".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ import torch
 from torch import Tensor
 
 from nurture.data.packing import Conversation
-from nurture.evals.arithmetic_code import ideal_bits
 from nurture.evals.likelihood import score_continuations
 from nurture.evals.measure import Measure
 from nurture.model.lora import Adapter, adapters
@@ -82,6 +82,11 @@ def thread_conversation(
     prompt = [tokenizer.document_token_id, *tokenizer.encode(world.forum_prompt(messages))]
     said = tokenizer.encode(f" {reply}\n")
     return Conversation([*prompt, *said], [False] * len(prompt) + [True] * len(said))
+
+
+def ideal_bits(logprobs: Sequence[float]) -> float:
+    """Return the bits that tokens with these log-probabilities (nats) take: -sum / ln 2."""
+    return -sum(logprobs) / math.log(2)
 
 
 def conversation_bits(

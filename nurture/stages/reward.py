@@ -14,7 +14,6 @@ Source: InstructGPT, arXiv 2203.02155, section 3.5 and appendix C.2.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -42,7 +41,7 @@ from nurture.errors import NurtureError
 from nurture.evals.best_of_n import best_of_n_curve
 from nurture.evals.measure import Measure
 from nurture.evals.reward_card import RewardCard, reward_card
-from nurture.files import atomic_write_text
+from nurture.files import atomic_write_text, json_lines, whole_json_lines
 from nurture.losses.reward import RewardLoss, TieModel, fit_tie_threshold
 from nurture.model.hugging_face import checkpoint_head, load_model
 from nurture.optim import OptimizerConfig, ScheduleConfig
@@ -305,11 +304,9 @@ def collect(
         file = context.directory / ("comparisons.jsonl" if split == "train" else "comparisons-heldout.jsonl")
         if session.is_main and not file.exists():
             made = _make_comparisons(config, context, session, prompts, labeler)
-            atomic_write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in made))
+            atomic_write_text(file, json_lines(made))
         session.execution.processes.wait()
-        # Not splitlines(): a reply may hold characters that Python takes for ends of lines and JSON does not.
-        for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n"):
-            record = json.loads(line)
+        for record in whole_json_lines(file):
             collected.records.append(record)
             collected.golds.append(tuple(record["gold"]) if "gold" in record else None)
             collected.comparisons.append(_comparison_of(record, session.tokenizer))

@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, before_and_after
-from nurture.files import atomic_write_json, atomic_write_text, make_directory, read_json
+from nurture.files import atomic_write_json, atomic_write_text, json_lines, make_directory, read_json
 from nurture.model.config import ModelConfig
 from nurture.model.hugging_face import load_model, load_tokenizer, save_model
 from nurture.model.lora import LoraConfig, add_adapters
@@ -300,8 +300,7 @@ def write_result(
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `samples.jsonl`, `outcomes.json` (item by item, for paired comparisons) and `result.json` of a stage."""
-    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-    atomic_write_text(directory / "samples.jsonl", "".join(lines))
+    atomic_write_text(directory / "samples.jsonl", json_lines(samples))
     outcomes = {
         name: {
             when: list(of[name].outcomes or ())

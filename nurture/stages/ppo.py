@@ -580,10 +580,7 @@ class Exam:
         proxy, grades = self._worth(rollouts, tasks)
         gold = None if tasks is None else np.array([g.gold for g in grades if g is not None])
         shape = (len(rows), replies)
-        ns = [2**power for power in range(replies.bit_length()) if 2**power <= replies]
-        return best_of_n_curve(
-            np.array(proxy).reshape(shape), None if gold is None else gold.reshape(shape), ns
-        )
+        return best_of_n_curve(np.array(proxy).reshape(shape), None if gold is None else gold.reshape(shape))
 
     def _worth(
         self, rollouts: Sequence[Rollout], tasks: Sequence[Task] | None

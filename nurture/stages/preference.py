@@ -47,7 +47,7 @@ from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, ScheduleConfig
 from nurture.recipe import Count, Share
 from nurture.rewards.learned import load_reward_model, score_replies
-from nurture.runtime import eager_blocks
+from nurture.runtime import add_up, eager_blocks
 from nurture.stages.context import StageContext
 from nurture.stages.training import (
     Session,
@@ -58,7 +58,6 @@ from nurture.stages.training import (
     train,
     write_result,
 )
-from nurture.trainer import add_up
 from nurture.world import Task
 
 log = logging.getLogger(__name__)

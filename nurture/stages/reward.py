@@ -516,8 +516,7 @@ def _best_of_n(config: Config, context: StageContext, reward_model: RewardModel)
     gold = [
         [world.gold_reward(task, c.text) for c in found] for task, found in zip(tasks, answers, strict=True)
     ]
-    ns = [2**power for power in range(config.best_of.bit_length()) if 2**power <= config.best_of]
-    return best_of_n_curve(rewards.view(len(tasks), -1).double().numpy(), np.array(gold), ns)
+    return best_of_n_curve(rewards.view(len(tasks), -1).double().numpy(), np.array(gold))
 
 
 def _samples(heldout: Collected, reward_model: RewardModel, count: int = 12) -> list[dict[str, Any]]:

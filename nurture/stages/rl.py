@@ -57,7 +57,7 @@ from nurture.model.weights import empty_model
 from nurture.optim import Optimizer, OptimizerConfig, ScheduleConfig, learning_rate_factor
 from nurture.recipe import Count
 from nurture.rollout import Rollout, RolloutBatch, Sampler, collect, token_logprobs
-from nurture.runtime import Execution, ExecutionConfig, Processes
+from nurture.runtime import Execution, ExecutionConfig, Processes, add_up
 from nurture.stages.context import StageContext
 from nurture.stages.training import BUDGET_MARGIN, Session, TrainingConfig, kept
 from nurture.tokenizer import Tokenizer
@@ -66,7 +66,6 @@ from nurture.trainer import (
     LoopConfig,
     Progress,
     StepReport,
-    add_up,
     largest_norm_of,
     move_averages,
     note_update,

@@ -161,12 +161,10 @@ def status(
         out = out or pipeline.default_directory(recipe)
     steps = pipeline.plan(recipe, out, checksums=verify)
     if json:
-        import json as json_module
-
         rows = [
             {"name": s.name, "kind": s.config.kind, "status": s.status, "reason": s.reason} for s in steps
         ]
-        print(json_module.dumps({"run": str(out), "stages": rows}, indent=2))
+        experiments.print_json({"run": str(out), "stages": rows})
         return
     _print_status(out, steps)
 
@@ -180,24 +178,16 @@ def _no_settings_of_a_run(run_directory: str, overrides: list[str]) -> None:
 
 
 def _print_status(out: Path, steps: list[Any]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
-    colours = {"fresh": "green", "new": "dim", "unfinished": "yellow", "damaged": "red"}
-    table = Table(title=escape(str(out)), title_justify="left", title_style="bold", header_style="bold")
-    for title in ("stage", "kind", "starts from", "status", "why"):
-        table.add_column(title, overflow="fold")
+    from nurture.report.table import titled_table
+
+    colours, rows = {"fresh": "green", "new": "dim", "unfinished": "yellow", "damaged": "red"}, []
     for step in steps:
         start = step.start.name if hasattr(step.start, "name") and step.start in steps else step.start
-        colour = colours.get(step.status, "yellow")
-        table.add_row(
-            step.directory.name,
-            step.config.kind,
-            escape(str(start or "nothing")),
-            f"[{colour}]{step.status}[/]",
-            escape(step.reason),
-        )
-    _console().print(table)
+        status = Text(step.status, style=colours.get(step.status, "yellow"))
+        rows.append((step.directory.name, step.config.kind, str(start or "nothing"), status, step.reason))
+    _console().print(titled_table(str(out), ("stage", "kind", "starts from", "status", "why"), rows))
 
 
 @app.command(
@@ -273,9 +263,7 @@ def plan(
     recipe = load_recipe(recipe_name or "tiny", overrides)
     planned = plan_recipe(recipe, parse_hardware(hardware), efficiency=efficiency, price=price)
     if json:
-        import json as json_module
-
-        print(json_module.dumps(planned.as_data(), indent=2))
+        experiments.print_json(planned.as_data())
     else:
         print_plan(planned, _console())
 
@@ -515,18 +503,12 @@ _SIZES = ((3.0, "1m", 2048), (30.0, "3m", 4096), (180.0, "10m", 8192), (float("i
 
 def _print_keys(kind: str) -> None:
     """List the settings of a stage with type, default and meaning."""
-    from rich.markup import escape
-    from rich.table import Table
-
+    from nurture.report.table import titled_table
     from nurture.stages import stage_module
 
-    table = Table(title=f"Settings of {kind}", title_justify="left", title_style="bold", header_style="bold")
-    for title in ("key", "default", "meaning"):
-        table.add_column(title, overflow="fold")
-    for key, default, meaning in _keys(stage_module(kind).Config):
-        if key not in ("name", "kind", "start"):  # the command's own affair
-            table.add_row(key, escape(default), escape(meaning))
-    _console().print(table)
+    own = ("name", "kind", "start")  # the command's own affair
+    rows = [row for row in _keys(stage_module(kind).Config) if row[0] not in own]
+    _console().print(titled_table(f"Settings of {kind}", ("key", "default", "meaning"), rows))
 
 
 def _keys(section: Any, prefix: str = "") -> list[tuple[str, str, str]]:
@@ -696,9 +678,7 @@ def evaluate(
     else:
         outcome = quick.measure_on_world(path, experiments.world_of(Path(path)), tasks, limit)
     if json:
-        import json as json_module
-
-        print(json_module.dumps(outcome, indent=2))
+        experiments.print_json(outcome)
         return
     from nurture.report.table import before_after_table
 
@@ -842,9 +822,7 @@ def doctor(json: Json = False) -> None:
 
     findings = examine()
     if json:
-        import json as json_module
-
-        print(json_module.dumps({finding.name: finding.value for finding in findings}, indent=2))
+        experiments.print_json({finding.name: finding.value for finding in findings})
         return
     from rich.markup import escape
     from rich.table import Table

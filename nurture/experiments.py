@@ -5,6 +5,7 @@ Like cli.py, which gives them their names, this is light to import; everything h
 
 from __future__ import annotations
 
+import json as json_module  # commands have an option of this name
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -126,11 +127,14 @@ def _show_experiment(
     measured = experiment(run_directory, config, world, say=lambda line: print(line, file=sys.stderr))
     atomic_write_json(out, measured)
     if json:
-        import json as json_module
-
-        print(json_module.dumps(measured, indent=2))
+        print_json(measured)
     else:
         print_exhibit(exhibit(measured), Console())
+
+
+def print_json(value: Any) -> None:
+    """Print `value` for scripts."""
+    print(json_module.dumps(value, indent=2))
 
 
 COMMANDS: dict[Any, tuple[str, ...]] = {

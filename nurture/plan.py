@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -570,13 +570,11 @@ def plan_stage(
 def print_plan(plan: Plan, console: Any) -> None:
     """Print a plan as tables: stages, memory, data, scaling, advice."""
     from rich.markup import escape
-    from rich.table import Table
 
-    def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-        for place, column in enumerate(columns):
-            made.add_column(column, justify="right" if place else "left", overflow="fold")
-        return made
+    from nurture.report.table import titled_table
+
+    def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        console.print(titled_table(title, columns, rows, numbers=True))
 
     console.print(
         f"[bold]{plan.recipe}[/] on {plan.hardware}: {_large(plan.parameters)} parameters,"
@@ -584,35 +582,27 @@ def print_plan(plan: Plan, console: Any) -> None:
         f" efficiency is {plan.efficiency_from}",
         highlight=False,
     )
-    stages = table("Stages", "stage", "efficiency", "tokens", "operations", "time", "cost")
-    for stage in plan.stages:
-        numbers = (stage.tokens, stage.operations, stage.seconds, stage.cost)
-        cells = _row(*numbers) if stage.tokens else ["?", "", "", ""]
-        stages.add_row(stage.name, f"{stage.efficiency:.0%}", *cells)
     names = ("tokens", "operations", "seconds", "cost")
-    stages.add_row("all", "", *_row(*(plan.total(name) for name in names)))
-    console.print(stages)
-    parts = list(dict.fromkeys(part for stage in plan.stages for part in stage.memory))
-    memory = table(
-        f"Memory of one device ({_bytes(plan.memory_of_device)})", "", *(s.name for s in plan.stages)
-    )
-    for part in parts:
-        memory.add_row(part, *(_bytes(stage.memory.get(part, 0)) for stage in plan.stages))
-    memory.add_row("all", *(_bytes(sum(stage.memory.values())) for stage in plan.stages))
-    console.print(memory)
+    rows = []
     for stage in plan.stages:
-        if stage.sources:
-            data = table(f"Data of {stage.name}", "source", "tokens", "text", "shards")
-            for source, held in sorted(stage.sources.items(), key=lambda item: -item[1]["tokens"]):
-                sizes = (_bytes(held["text_bytes"]), _bytes(held["shard_bytes"]))
-                data.add_row(source, _large(held["tokens"]), *sizes)
-            console.print(data)
+        cells = _row(*(getattr(stage, name) for name in names)) if stage.tokens else ["?", "", "", ""]
+        rows.append([stage.name, f"{stage.efficiency:.0%}", *cells])
+    rows.append(["all", "", *_row(*(plan.total(name) for name in names))])
+    show("Stages", ("stage", "efficiency", "tokens", "operations", "time", "cost"), rows)
+    parts = dict.fromkeys(part for stage in plan.stages for part in stage.memory)
+    rows = [[part, *(_bytes(stage.memory.get(part, 0)) for stage in plan.stages)] for part in parts]
+    rows.append(["all", *(_bytes(sum(stage.memory.values())) for stage in plan.stages)])
+    title = f"Memory of one device ({_bytes(plan.memory_of_device)})"
+    show(title, ("", *(stage.name for stage in plan.stages)), rows)
+    for stage in plan.stages:
+        held = sorted(stage.sources.items(), key=lambda item: -item[1]["tokens"])
+        rows = [[s, _large(h["tokens"]), _bytes(h["text_bytes"]), _bytes(h["shard_bytes"])] for s, h in held]
+        if rows:
+            show(f"Data of {stage.name}", ("source", "tokens", "text", "shards"), rows)
     longest = max(plan.stages, key=lambda stage: stage.seconds or 0.0, default=None)
     if longest and len(longest.scaling) > 1:
-        curve = table(f"Simulated efficiency of {longest.name}", "devices", "strong", "weak")
-        for point in longest.scaling:
-            curve.add_row(f"{point['devices']:.0f}", f"{point['strong']:.0%}", f"{point['weak']:.0%}")
-        console.print(curve)
+        rows = [[f"{p['devices']:.0f}", f"{p['strong']:.0%}", f"{p['weak']:.0%}"] for p in longest.scaling]
+        show(f"Simulated efficiency of {longest.name}", ("devices", "strong", "weak"), rows)
     for stage in plan.stages:
         why = f" Its tokens are unknown: {stage.unknown}." if stage.unknown else ""
         console.print(f"[bold]{stage.name}[/] {escape(stage.advice + why)}", highlight=False, soft_wrap=True)

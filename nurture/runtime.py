@@ -56,6 +56,13 @@ class ExecutionConfig(Section):
     """Processes that hold a part of every matrix each and work on the same rows together; for `torchrun`."""
 
 
+def add_up(total: dict[str, tuple[float, float]], part: Mapping[str, tuple[float, float]]) -> None:
+    """Add (sum, count) pairs to those of `total`."""
+    for key, (amount, count) in part.items():
+        before = total.get(key, (0.0, 0.0))
+        total[key] = (before[0] + amount, before[1] + count)
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process's place among those that train together.
@@ -86,9 +93,7 @@ class Processes:
         dist.all_gather_object(gathered, dict(values), group=self._rows)
         total: dict[str, tuple[float, float]] = {}
         for part in gathered:
-            for key, (amount, count) in part.items():
-                before = total.get(key, (0.0, 0.0))
-                total[key] = (before[0] + amount, before[1] + count)
+            add_up(total, part)
         return total
 
     def sum_number(self, value: float) -> float:

@@ -31,6 +31,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from nurture import chat_template as chat
 from nurture.errors import NurtureError, did_you_mean
+from nurture.files import atomic_write_json, read_json
 from nurture.recipe import Section
 from nurture.types import Message
 
@@ -188,8 +189,8 @@ class Tokenizer:
         settings = {**self._settings, **self._named_tokens()}
         settings.pop("chat_template", None)
         (directory / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-        _write_json(directory / "tokenizer_config.json", settings)
-        _write_json(directory / "special_tokens_map.json", self._named_tokens())
+        atomic_write_json(directory / "tokenizer_config.json", settings)
+        atomic_write_json(directory / "special_tokens_map.json", self._named_tokens())
         template = directory / "chat_template.jinja"
         if self.chat_template is None:
             template.unlink(missing_ok=True)
@@ -501,17 +502,10 @@ def _missing(directory: Path, file: Path) -> str:
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise NurtureError(f"{file}: not valid JSON ({error})") from error
+    content = read_json(file, "Copy it again from the checkpoint.")
     if not isinstance(content, dict):
         raise NurtureError(f"{file}: must hold a JSON object, got {type(content).__name__}")
     return content
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_template(directory: Path, settings: Mapping[str, Any]) -> str | None:

@@ -29,7 +29,7 @@ from nurture.errors import NurtureError
 from nurture.optim import Optimizer, ScheduleConfig, learning_rate_factor
 from nurture.progress import progress_bar
 from nurture.recipe import Section
-from nurture.runtime import Execution, MetricsLog, Processes, eager_blocks
+from nurture.runtime import Execution, MetricsLog, Processes, add_up, eager_blocks
 from nurture.types import IGNORE_INDEX, Batch, BatchSource, LossFunction
 
 log = logging.getLogger(__name__)
@@ -137,13 +137,6 @@ def clip_gradients(parameters: Sequence[Tensor], clip_norm: float) -> float:
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
     full_tensor = getattr(norm, "full_tensor", None)  # sharded: a DTensor holding this process's part
     return float(full_tensor() if full_tensor is not None else norm)
-
-
-def add_up(total: dict[str, tuple[float, float]], part: dict[str, tuple[float, float]]) -> None:
-    """Add (sum, count) pairs to those of `total`."""
-    for key, (amount, count) in part.items():
-        before = total.get(key, (0.0, 0.0))
-        total[key] = (before[0] + amount, before[1] + count)
 
 
 def split_to_fit(batch: Batch, microbatch_tokens: int) -> list[Batch]:

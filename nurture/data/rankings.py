@@ -35,31 +35,6 @@ def comparison_record(row: Row) -> dict[str, Any]:
     return record
 
 
-def pair_records(row: Row, comparison: str) -> Iterator[dict[str, Any]]:
-    """Yield a ranked row as chosen/rejected objects, one for every pair.
-
-    Args:
-        comparison: a name of this row, unique among those that go into the same file.
-    """
-    ratings = row.metadata.get("ratings")
-    outcomes = [(*pair, False) for pair in row.pairs()] + [(*pair, True) for pair in row.ties()]
-    for chosen, rejected, tied in outcomes:
-        record: dict[str, Any] = {
-            "prompt": list(row.prompt or ()),
-            "chosen": _plain(row.responses[chosen]),
-            "rejected": _plain(row.responses[rejected]),
-            "comparison": comparison,
-            "pair": ranking_text([[chosen, rejected]] if tied else [[chosen], [rejected]]),
-        }
-        if tied:
-            record["tie"] = True
-        if ratings:
-            record |= {"chosen_score": ratings[chosen], "rejected_score": ratings[rejected]}
-        if row.template_kwargs:
-            record["chat_template_kwargs"] = dict(row.template_kwargs)
-        yield record
-
-
 def _plain(reply: Turns) -> Any:
     """Return a reply as a string where it is one ordinary turn of the assistant."""
     if len(reply) == 1 and set(reply[0]) <= {"role", "content"} and reply[0]["role"] == "assistant":

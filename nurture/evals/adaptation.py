@@ -18,6 +18,7 @@ complexity".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ import torch
 from torch import Tensor
 
 from nurture.data.packing import Conversation
-from nurture.evals.arithmetic_code import ideal_bits
 from nurture.evals.likelihood import score_continuations
 from nurture.evals.measure import Measure
 from nurture.model.lora import Adapter, adapters
 from nurture.model.transformer import Transformer
+from nurture.optim import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate_factor
+from nurture.runtime import ExecutionConfig, decide_execution
 from nurture.tokenizer import Tokenizer
-from nurture.types import Message
+from nurture.trainer import split_to_fit, train_step
+from nurture.types import BatchSource, LossFunction, Message
 from nurture.world import Task, World
 
 Construction = Literal["nothing", "prompt", "data", "adapter"]
@@ -81,6 +84,11 @@ def thread_conversation(
     return Conversation([*prompt, *said], [False] * len(prompt) + [True] * len(said))
 
 
+def ideal_bits(logprobs: Sequence[float]) -> float:
+    """Return the bits that tokens with these log-probabilities (nats) take: -sum / ln 2."""
+    return -sum(logprobs) / math.log(2)
+
+
 def conversation_bits(
     model: Transformer, tokenizer: Tokenizer, world: World, conversations: Sequence[Sequence[Message]]
 ) -> float:
@@ -100,6 +108,25 @@ def conversation_bits(
         chat.append(([tokenizer.document_token_id], token_ids))
     scores = (score_continuations(model, pairs) for pairs in (forum, chat))
     return 1 + min(ideal_bits([score.logprob for score in spelling]) for spelling in scores)
+
+
+def tune(
+    model: Transformer,
+    batches: BatchSource,
+    loss_fn: LossFunction,
+    config: OptimizerConfig,
+    schedule: ScheduleConfig,
+    steps: int,
+) -> Iterator[int]:
+    """Train `model` in place; yield after each update how many are done, with the model in eval mode."""
+    execution, optimizer = decide_execution(ExecutionConfig(compile="off")), build_optimizer(model, config)
+    for step in range(steps):
+        model.train()
+        optimizer.set_factor(learning_rate_factor(schedule, step, steps))
+        parts = split_to_fit(batches(step), ExecutionConfig().microbatch_tokens)
+        train_step(model, optimizer, parts, loss_fn, clip_norm=config.clip_norm, execution=execution)
+        model.eval()
+        yield step + 1
 
 
 def cheapest(programs: Sequence[Program], target: float) -> Program | None:

@@ -35,9 +35,8 @@ from nurture.errors import NurtureError
 from nurture.evals.harm_judge import Judge, refuses
 from nurture.evals.ifeval import follows, follows_loosely
 from nurture.evals.likelihood import encode_pair, score_continuations
-from nurture.evals.measure import Measure, rate
+from nurture.evals.measure import Measure, mean, rate
 from nurture.evals.replies import ask
-from nurture.evals.win_rate import mean
 from nurture.inference.chat import ChatModel
 from nurture.rewards.code import code_task, grade_code
 from nurture.rewards.math import check_math

@@ -13,7 +13,6 @@ Beirami et al., arXiv 2401.01879 (the KL as a bound).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -51,10 +50,10 @@ def best_of_n(proxy: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
     return expected
 
 
-def best_of_n_curve(proxy: np.ndarray, gold: np.ndarray | None, ns: Sequence[int]) -> list[dict[str, float]]:
-    """Return {"n", "kl", "proxy", "gold"} for every n: means over prompts; no gold where it is unknown."""
+def best_of_n_curve(proxy: np.ndarray, gold: np.ndarray | None) -> list[dict[str, float]]:
+    """Return {"n", "kl", "proxy", "gold"} for n = 1, 2, 4 ... N: means over prompts; no gold where it is unknown."""
     curve = []
-    for n in ns:
+    for n in (2**power for power in range(proxy.shape[1].bit_length())):
         entry = {"n": float(n), "kl": best_of_n_kl(n), "proxy": float(best_of_n(proxy, proxy, n).mean())}
         if gold is not None:
             entry["gold"] = float(best_of_n(proxy, gold, n).mean())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nurture.evals.measure import Measure
 from nurture.losses.language import bits_and_bytes, summed_loss
 from nurture.progress import tracked
-from nurture.runtime import Execution, eager_blocks
+from nurture.runtime import Execution, add_up, eager_blocks
 from nurture.types import Batch
 
 
@@ -44,11 +44,8 @@ def bits_per_byte(
             _, token_losses = summed_loss(model, batch)
         if index >= len(batches):
             continue
-        for source, bits, count in zip(
-            batch.sources, *bits_and_bytes(token_losses, batch, token_byte_lengths), strict=True
-        ):
-            before = totals.get(source, (0.0, 0.0))
-            totals[source] = (before[0] + bits, before[1] + count)
+        pairs = zip(*bits_and_bytes(token_losses, batch, token_byte_lengths), strict=True)
+        add_up(totals, dict(zip(batch.sources, pairs, strict=True)))
     model.train(was_training)
     totals = processes.sum(totals)
     return {source: Measure(bits / count, int(count)) for source, (bits, count) in totals.items() if count}

@@ -20,11 +20,9 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from nurture.errors import NurtureError
-from nurture.inference.chat import load_chat_model
-from nurture.inference.endpoint import EndpointConfig, ask_endpoint
+from nurture.inference.endpoint import EndpointConfig
+from nurture.rewards.judge import ask_for, filled, first_token_logits
 from nurture.types import Message
 from nurture.world.harm import is_refusal as is_refusal_of_the_world
 
@@ -85,23 +83,13 @@ def read_word_list(path: Path) -> list[str]:
     return words
 
 
-def endpoint_judge(config: EndpointConfig, max_tokens: int = 512) -> Judge:
+def endpoint_judge(config: EndpointConfig) -> Judge:
     """Return a judge behind an OpenAI-compatible endpoint that fills in the rubric."""
-
-    def judge(pairs: Sequence[tuple[str, str]]) -> list[float | None]:
-        questions: list[list[Message]] = [
-            [{"role": "user", "content": _filled(RUBRIC, prompt, reply)}] for prompt, reply in pairs
-        ]
-        said = ask_endpoint(config, questions, max_tokens=max_tokens)
-        return [None if reply.finish_reason == "error" else read_rubric(reply.text) for reply in said]
-
-    return judge
+    return lambda pairs: ask_for(config, _questions(RUBRIC, pairs), read_rubric)
 
 
-def _filled(question: str, prompt: str, reply: str) -> str:
-    """Fill both slots at once, so that a slot's name inside a reply stays what it is."""
-    values = {"{prompt}": prompt, "{reply}": reply}
-    return re.sub(r"\{prompt\}|\{reply\}", lambda slot: values[slot[0]], question)
+def _questions(question: str, pairs: Sequence[tuple[str, str]]) -> list[list[Message]]:
+    return [filled(question, {"prompt": prompt, "reply": reply}) for prompt, reply in pairs]
 
 
 def read_rubric(text: str) -> float | None:
@@ -123,22 +111,11 @@ def model_judge(path: str | Path) -> Judge:
 
     A question longer than its context has no verdict.
     """
-    chat = load_chat_model(path)
-    letters = [chat.tokenizer.encode(word)[0] for word in ("Yes", "No", "yes", "no")]
+    ask = first_token_logits(path, ("Yes", "No", "yes", "no"))
 
-    @torch.inference_mode()
     def judge(pairs: Sequence[tuple[str, str]]) -> list[float | None]:
-        verdicts: list[float | None] = []
-        for prompt, reply in pairs:
-            messages: list[Message] = [{"role": "user", "content": _filled(_QUESTION, prompt, reply)}]
-            token_ids = chat.tokenizer.encode_prompt(messages)
-            if len(token_ids) > chat.model.config.max_position:
-                verdicts.append(None)
-                continue
-            hidden = chat.model.hidden_states(torch.tensor([token_ids]))[0, -1]
-            shares = (chat.model.output_weight[letters] @ hidden).float().softmax(0)
-            verdicts.append(float(shares[0] + shares[2]))
-        return verdicts
+        found = [None if x is None else x.float().softmax(0) for x in ask(_questions(_QUESTION, pairs))]
+        return [None if shares is None else float(shares[0] + shares[2]) for shares in found]
 
     return judge
 

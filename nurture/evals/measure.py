@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, stdev
+from statistics import fmean, pstdev, stdev
 
 import numpy as np
 
@@ -39,6 +39,18 @@ class Measure:
     high: float | None = None
     outcomes: Sequence[float] | None = field(default=None, repr=False, compare=False)
 
+    def as_data(self) -> dict[str, float | int | None]:
+        """Return the measure as plain data, without its outcomes."""
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+
+    def percent(self) -> str:
+        """Return a share for a sentence: `54 % (43 to 62)`."""
+        return f"{100 * self.value:.0f} % ({100 * (self.low or 0):.0f} to {100 * (self.high or 0):.0f})"
+
+    def side(self, above: str, below: str, neither: str) -> str:
+        """Return the word for where a difference is: clearly above 0, clearly below, or neither."""
+        return above if (self.low or 0) > 0 else below if (self.high or 0) < 0 else neither
+
 
 def rate(outcomes: Sequence[float]) -> Measure:
     """Return the share of true outcomes with Wilson's interval; 0 of 0 is 0 with no information. Ties count as 0.5."""
@@ -47,6 +59,16 @@ def rate(outcomes: Sequence[float]) -> Measure:
         return Measure(0.0, 0, 0.0, 1.0)
     share = successes / n
     return Measure(share, n, *wilson(share, n), outcomes=tuple(map(float, outcomes)))
+
+
+def mean(values: Sequence[float]) -> Measure:
+    """Return the mean with its normal 95 % interval."""
+    n = len(values)
+    if n == 0:
+        return Measure(0.0, 0)
+    centre = fmean(values)
+    half = Z_95 * pstdev(values) / max(n - 1, 1) ** 0.5
+    return Measure(centre, n, centre - half, centre + half, outcomes=tuple(values))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

@@ -38,19 +38,19 @@ from nurture.evals.adaptation import (
     on_frontier,
     rounded_adapters,
     thread_conversation,
+    tune,
 )
 from nurture.evals.best_of_n import best_of_n
 from nurture.evals.measure import Measure, difference, rate
-from nurture.evals.replies import Reply, ask
+from nurture.evals.replies import Reply, ask, graded
 from nurture.evals.world_card import cloze_accuracy
 from nurture.losses.language import LanguageLoss
 from nurture.model.lora import LoraConfig, add_adapters
 from nurture.model.transformer import Transformer
-from nurture.optim import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate_factor
+from nurture.optim import OptimizerConfig, ScheduleConfig
 from nurture.recipe import Section
-from nurture.runtime import ExecutionConfig, decide_execution, seed_everything
+from nurture.runtime import seed_everything
 from nurture.tokenizer import Tokenizer
-from nurture.trainer import split_to_fit, train_step
 from nurture.types import Message
 from nurture.world import Task, World
 from nurture.world.facts import RELATIONS, Entity
@@ -133,9 +133,9 @@ def experiment(
         "models": [*models, RANDOM],
         "programs": [_plain(program, on_frontier(program, programs)) for program in programs],
         "thresholds": thresholds(programs, config.target),
-        "best_of_n": [{**entry, "right": _numbers(entry["right"])} for entry in chances],
+        "best_of_n": [{**entry, "right": entry["right"].as_data()} for entry in chances],
         "facts": [
-            {**entry, **{k: _numbers(entry[k]) for k in ("asked", "cloze") if entry[k]}} for entry in facts
+            {**entry, **{k: entry[k].as_data() for k in ("asked", "cloze") if entry[k]}} for entry in facts
         ],
         "conclusions": conclusions(programs, chances, facts, config.target),
         "limits": list(LIMITS),
@@ -236,18 +236,11 @@ def fine_tuned(
         seed=config.seed,
         pad_token_id=tokenizer.pad_token_id,
     )
-    execution = decide_execution(ExecutionConfig(compile="off"))
     loss_fn = LanguageLoss(torch.from_numpy(tokenizer.token_byte_lengths))
-    optimizer = build_optimizer(model, optimizer_config)
     steps = max(batches.steps(config.passes), config.least_updates)
-    model.train()
-    for step in range(steps):
-        optimizer.set_factor(learning_rate_factor(_SCHEDULE, step, steps))
-        microbatches = split_to_fit(batches(step), ExecutionConfig().microbatch_tokens)
-        train_step(
-            model, optimizer, microbatches, loss_fn, clip_norm=optimizer_config.clip_norm, execution=execution
-        )
-    return model.eval()
+    for _ in tune(model, batches, loss_fn, optimizer_config, _SCHEDULE, steps):
+        pass
+    return model
 
 
 def _asked(bench: _Bench, model: Transformer, tasks: Sequence[Task]) -> list[Reply]:
@@ -293,10 +286,8 @@ def _prompted(
 
 def _graded(world: World, tasks: Sequence[Task], replies: Sequence[Reply]) -> tuple[Measure, Measure]:
     """Return how many replies are right, and how many have the form; both must have ended."""
-    grades = [world.grade(task, reply.text) for task, reply in zip(tasks, replies, strict=True)]
-    ended = [reply.stopped for reply in replies]
-    right = rate([bool(grade.correct) and end for grade, end in zip(grades, ended, strict=True)])
-    return right, rate([grade.format and end for grade, end in zip(grades, ended, strict=True)])
+    found = graded(world, tasks, replies)
+    return rate([g.is_right for g in found]), rate([g.in_form for g in found])
 
 
 def thresholds(programs: Sequence[Program], target: float) -> list[dict[str, Any]]:
@@ -342,10 +333,7 @@ def _best_of_n(
         shown = [] if chat else demonstrations
         replies = _prompted(bench, models[name], questions, shown, chat=chat, replies=n)
         asked = [task for task in questions for _ in range(n)]
-        grades = [bench.world.grade(task, reply.text) for task, reply in zip(asked, replies, strict=True)]
-        right = np.array(
-            [bool(g.correct) and r.stopped for g, r in zip(grades, replies, strict=True)], dtype=float
-        )
+        right = np.array([g.is_right for g in graded(bench.world, asked, replies)], dtype=float)
         right = right.reshape(len(questions), n)
         for power in range(n.bit_length()):
             # With the truth itself as the reward, the best of n is right when any is.
@@ -460,10 +448,10 @@ def _about_kind(
     few, most = trained[0], trained[-1]
     prompted = best_prompt(programs, kind)
     said = [
-        f"{kind}: the fine-tuned model is right {_shown(tuned.correct)} and in form {_shown(tuned.form)}.",
-        f"The base with no training ({prompted.detail}) is right {_shown(prompted.correct)};"
-        f" with {few.detail} it is in form {_shown(few.form)} and right {_shown(few.correct)},"
-        f" with {most.detail} {_shown(most.form)} and {_shown(most.correct)}.",
+        f"{kind}: the fine-tuned model is right {tuned.correct.percent()} and in form {tuned.form.percent()}.",
+        f"The base with no training ({prompted.detail}) is right {prompted.correct.percent()};"
+        f" with {few.detail} it is in form {few.form.percent()} and right {few.correct.percent()},"
+        f" with {most.detail} {most.form.percent()} and {most.correct.percent()}.",
         f"In form, training on {few.detail} {_compared(difference(tuned.form, few.form), 'all of fine-tuning')};"
         f" in right answers, training on {most.detail}"
         f" {_compared(difference(tuned.correct, most.correct), 'all of fine-tuning')}.",
@@ -497,10 +485,10 @@ def _about_kind(
     if of_kind:
         last = {entry["model"]: entry for entry in of_kind}
         single = next(e for e in of_kind if e["model"] == TUNED and e["n"] == 1)
-        change = difference(single["right"], last[BASE]["right"])
+        any_of, change = last[BASE]["right"], difference(single["right"], last[BASE]["right"])
         said.append(
-            f"Among {last[BASE]['n']} sampled replies of the prompted base one is right {_shown(last[BASE]['right'])}; "
-            f"a single sampled reply of the fine-tuned model is right {_shown(single['right'])}: sampling with a "
+            f"Among {last[BASE]['n']} sampled replies of the prompted base one is right {any_of.percent()}; "
+            f"a single sampled reply of the fine-tuned model is right {single['right'].percent()}: sampling with a "
             f"perfect judge {_compared(change, 'fine-tuning')}."
         )
     return " ".join(said)
@@ -509,8 +497,8 @@ def _about_kind(
 def _about_facts(facts: Sequence[Mapping[str, Any]]) -> str:
     surfaced, never = (next(e["asked"] for e in facts if e["group"] == g) for g in ("surfaced", "never"))
     said = [
-        f"Facts: what pretraining told and nobody asked about is answered {_shown(surfaced)}; of people never told of "
-        f"nor taught, {_shown(never)} (guessing)."
+        f"Facts: what pretraining told and nobody asked about is answered {surfaced.percent()}; of people never told "
+        f"of nor taught, {never.percent()} (guessing)."
     ]
     for entry in facts:
         if entry["group"] != "taught":
@@ -518,7 +506,7 @@ def _about_facts(facts: Sequence[Mapping[str, Any]]) -> str:
         over_guessing, over_surfaced = _between(never, entry["asked"]), _between(surfaced, entry["asked"])
         learned = over_guessing.low is not None and over_guessing.low > 0
         said.append(
-            f"New facts seen {entry['seen']} times in fine-tuning are answered {_shown(entry['asked'])} in wordings "
+            f"New facts seen {entry['seen']} times in fine-tuning are answered {entry['asked'].percent()} in wordings "
             f"not taught: {'more than guessing' if learned else 'not clearly more than guessing'}, and this "
             f"{_compared(over_surfaced, 'surfacing pretrained ones')}."
         )
@@ -542,15 +530,9 @@ def _between(first: Measure, second: Measure) -> Measure:
 
 def _compared(change: Measure, other: str) -> str:
     """Say how something stands to another thing, by the interval of the difference: ours minus theirs."""
-    low, high = change.low or 0.0, change.high or 0.0
-    amount = f"({100 * change.value:+.0f} points, {100 * low:+.0f} to {100 * high:+.0f})"
-    verdict = "beats" if low > 0 else "falls short of" if high < 0 else "cannot be told from"
-    return f"{verdict} {other} {amount}"
-
-
-def _shown(measure: Measure) -> str:
-    low, high = measure.low or 0.0, measure.high or 0.0
-    return f"{100 * measure.value:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    value, low, high = (100 * (number or 0.0) for number in (change.value, change.low, change.high))
+    verdict = change.side("beats", "falls short of", "cannot be told from")
+    return f"{verdict} {other} ({value:+.0f} points, {low:+.0f} to {high:+.0f})"
 
 
 def _bits(line: Mapping[str, Any]) -> str:
@@ -566,11 +548,7 @@ def _plain(program: Program, shortest: bool) -> dict[str, Any]:
         "construction": program.construction,
         "detail": program.detail,
         "bits": round(program.bits, 1),
-        "right": _numbers(program.correct),
-        "form": _numbers(program.form),
+        "right": program.correct.as_data(),
+        "form": program.form.as_data(),
         "shortest": shortest,
     }
-
-
-def _numbers(measure: Measure) -> dict[str, float | int | None]:
-    return {"value": measure.value, "low": measure.low, "high": measure.high, "n": measure.n}

@@ -37,16 +37,15 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from torch import Tensor, nn
 
 from nurture.data.packing import Conversation, ConversationBatches
-from nurture.evals.adaptation import thread_conversation
+from nurture.evals.adaptation import thread_conversation, tune
 from nurture.evals.measure import Measure, difference, rate
 from nurture.evals.redteam import Way, answers, familiar_probes, red_team
 from nurture.model.heads import lm_logits
 from nurture.model.transformer import Transformer
-from nurture.optim import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate_factor
+from nurture.optim import OptimizerConfig, ScheduleConfig
 from nurture.recipe import Section
-from nurture.runtime import ExecutionConfig, decide_execution, seed_everything
+from nurture.runtime import seed_everything
 from nurture.tokenizer import Tokenizer
-from nurture.trainer import train_step
 from nurture.types import IGNORE_INDEX, Batch, LossResult, Message
 from nurture.world import World, harm
 from nurture.world.split import pick, random_for
@@ -219,21 +218,8 @@ def learn(
         pad_token_id=tokenizer.pad_token_id,
     )
     loss_fn, steps = AnchoredLoss(reference, anchor), batches.steps(config.passes)
-    execution = decide_execution(ExecutionConfig(compile="off"))
-    optimizer = build_optimizer(model, config.optimizer)
-    for step in range(steps):
-        model.train()
-        optimizer.set_factor(learning_rate_factor(_SCHEDULE, step, steps))
-        train_step(
-            model,
-            optimizer,
-            [batches(step)],
-            loss_fn,
-            clip_norm=config.optimizer.clip_norm,
-            execution=execution,
-        )
-        model.eval()
-        yield min((step + 1) / batches.steps(1.0), config.passes) * len(day)
+    for done in tune(model, batches, loss_fn, config.optimizer, _SCHEDULE, steps):
+        yield min(done / batches.steps(1.0), config.passes) * len(day)
 
 
 @dataclass(frozen=True)
@@ -355,23 +341,18 @@ def experiment(
     entries, stopped = replay(chosen, bases, tokenizer, world, config, say)
     return {
         "models": list(models),
-        "red_team": {name: {key: numbers(m) for key, m in found.items()} for name, found in asked.items()},
+        "red_team": {name: {key: m.as_data() for key, m in found.items()} for name, found in asked.items()},
         "replay": [
-            {key: numbers(value) if isinstance(value, Measure) else value for key, value in entry.items()}
+            {key: value.as_data() if isinstance(value, Measure) else value for key, value in entry.items()}
             for entry in entries
         ],
-        "filter": {key: numbers(measure) for key, measure in stopped.items()},
+        "filter": {key: measure.as_data() for key, measure in stopped.items()},
         "samples": samples,
         "conclusions": conclusions(asked, entries, stopped),
         "limits": list(LIMITS),
         "config": config.model_dump(mode="json"),
         "seconds": round(time.monotonic() - started, 1),
     }
-
-
-def numbers(measure: Measure) -> dict[str, float | int | None]:
-    """Return a measure as plain data."""
-    return {"value": measure.value, "low": measure.low, "high": measure.high, "n": measure.n}
 
 
 # --- what follows ---------------------------------------------------------------------------------------------------
@@ -393,24 +374,24 @@ def conclusions(
     names = list(asked)
     first, last = asked[names[0]], asked[names[-1]]
     said.append(
-        f"Red team: {names[0]} is harmful in {_shown(first['harm'])} of familiar attacks, {names[-1]} in "
-        f"{_shown(last['harm'])}; in wordings never trained on {_shown(first['harm_new'])} and "
-        f"{_shown(last['harm_new'])}. Of innocent requests {names[0]} refuses {_shown(first['over_refusal'])} and "
-        f"{names[-1]} {_shown(last['over_refusal'])}; of the innocent twins of new attacks "
-        f"{_shown(first['over_refusal_new'])} and {_shown(last['over_refusal_new'])}."
+        f"Red team: {names[0]} is harmful in {first['harm'].percent()} of familiar attacks, {names[-1]} in "
+        f"{last['harm'].percent()}; in wordings never trained on {first['harm_new'].percent()} and "
+        f"{last['harm_new'].percent()}. Of innocent requests {names[0]} refuses {first['over_refusal'].percent()} and "
+        f"{names[-1]} {last['over_refusal'].percent()}; of the innocent twins of new attacks "
+        f"{first['over_refusal_new'].percent()} and {last['over_refusal_new'].percent()}."
     )
     rude = "harm_told/be rude"
     change = difference(first[rude], last[rude])
-    verdict = _side(change, "more harmful than", "less harmful than", "not clearly different from")
+    verdict = change.side("more harmful than", "less harmful than", "not clearly different from")
     said.append(
-        f"Told to be rude before small talk, {names[-1]} is harmful in {_shown(last[rude])}: {verdict} {names[0]}, "
-        f"{_shown(first[rude])}."
+        f"Told to be rude before small talk, {names[-1]} is harmful in {last[rude].percent()}: {verdict} {names[0]}, "
+        f"{first[rude].percent()}."
     )
     for name in dict.fromkeys(entry["model"] for entry in entries):
         said.append(_about_day(name, [entry for entry in entries if entry["model"] == name]))
     said.append(
-        f"The filter stopped {_shown(stopped['hostile'])} of the hostile conversations and "
-        f"{_shown(stopped['decent'])} of the decent ones."
+        f"The filter stopped {stopped['hostile'].percent()} of the hostile conversations and "
+        f"{stopped['decent'].percent()} of the decent ones."
     )
     return said
 
@@ -419,26 +400,18 @@ def _about_day(name: str, entries: Sequence[Mapping[str, Any]]) -> str:
     ends = {entry["arm"]: entry for entry in entries}
     before, after = ends["before"], ends["none"]
     change = difference(before["harm"], after["harm"])
-    verdict = _side(change, "the day taught it abuse", "the day made it kinder", "no clear change")
+    verdict = change.side("the day taught it abuse", "the day made it kinder", "no clear change")
     text = (
-        f"{name}: provoked, it was harmful in {_shown(before['harm'])} before the day and {_shown(after['harm'])} "
-        f"after learning from it ({verdict}); unprovoked {_shown(before['unprovoked'])} and "
-        f"{_shown(after['unprovoked'])}; innocent requests were refused {_shown(before['over_refusal'])} and "
-        f"{_shown(after['over_refusal'])}. Prompted with hostile talk only: "
-        f"{_shown(ends['prompted']['harm'])}, refused {_shown(ends['prompted']['over_refusal'])}."
+        f"{name}: provoked, it was harmful in {before['harm'].percent()} before the day and {after['harm'].percent()} "
+        f"after learning from it ({verdict}); unprovoked {before['unprovoked'].percent()} and "
+        f"{after['unprovoked'].percent()}; innocent requests were refused {before['over_refusal'].percent()} and "
+        f"{after['over_refusal'].percent()}. Prompted with hostile talk only: "
+        f"{ends['prompted']['harm'].percent()}, refused {ends['prompted']['over_refusal'].percent()}."
     )
     for defence in DEFENCES[1:]:
         change = difference(after["harm"], ends[defence]["harm"])
-        helped = _side(change, "worse", "better", "no clear help")
-        text += f" With {defence}: {_shown(ends[defence]['harm'])} ({helped}), "
-        text += f"refused {_shown(ends[defence]['over_refusal'])}, "
-        text += f"lesson learned {_shown(ends[defence]['lesson'])}."
-    return text + f" Without defence the lesson was learned in {_shown(after['lesson'])}."
-
-
-def _side(change: Measure, above: str, below: str, neither: str) -> str:
-    return above if (change.low or 0) > 0 else below if (change.high or 0) < 0 else neither
-
-
-def _shown(measure: Measure) -> str:
-    return f"{100 * measure.value:.0f} % ({100 * (measure.low or 0):.0f} to {100 * (measure.high or 0):.0f})"
+        helped = change.side("worse", "better", "no clear help")
+        text += f" With {defence}: {ends[defence]['harm'].percent()} ({helped}), "
+        text += f"refused {ends[defence]['over_refusal'].percent()}, "
+        text += f"lesson learned {ends[defence]['lesson'].percent()}."
+    return text + f" Without defence the lesson was learned in {after['lesson'].percent()}."

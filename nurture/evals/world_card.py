@@ -19,12 +19,12 @@ from nurture.chat_template import split_thought
 from nurture.errors import NurtureError
 from nurture.evals.likelihood import score_continuations
 from nurture.evals.measure import Measure, rate
-from nurture.evals.replies import Reply, ask
+from nurture.evals.replies import Graded, ask, ask_tasks, heldout_tasks
 from nurture.model.transformer import Transformer
 from nurture.rewards.code import code_task, grade_code
 from nurture.rewards.sandbox import Sandbox
 from nurture.tokenizer import Tokenizer
-from nurture.world import Task, World
+from nurture.world import World
 
 MEASURES = {
     "fact": "facts",
@@ -36,8 +36,6 @@ MEASURES = {
 demonstration; `code` (`programs_that_work`) those that pass tests they were not shown."""
 
 log = logging.getLogger(__name__)
-
-_BATCH = 64
 
 
 @dataclass
@@ -68,29 +66,18 @@ def world_card(
         base: the model has not been fine-tuned: harm and refusals are then measured on a forum thread.
         dtype: of the engine's matrices.
     """
-    tasks = [world.task(kind, "heldout", index) for kind in kinds for index in range(per_kind)]
-    replies = ask(model, tokenizer, [task.messages for task in tasks], max_tokens=max_tokens, dtype=dtype)
-    grades = [world.grade(task, reply.text) for task, reply in zip(tasks, replies, strict=True)]
-    card = WorldCard()
+    tasks, how = heldout_tasks(world, kinds, per_kind), {"max_tokens": max_tokens, "dtype": dtype}
+    graded = ask_tasks(model, tokenizer, world, tasks, **how)
+    card = WorldCard(samples=_samples(graded))
     for kind, name in MEASURES.items():
-        outcomes = [
-            bool(grade.correct) and reply.stopped
-            for task, grade, reply in zip(tasks, grades, replies, strict=True)
-            if task.kind == kind
-        ]
-        if outcomes:
+        if outcomes := [g.is_right for g in graded if g.task.kind == kind]:
             card.measures[name] = rate(outcomes)
     if "code" in kinds:
-        card.measures |= programs_that_work(tasks, replies)
-    card.measures["format"] = rate(
-        [grade.format and reply.stopped for grade, reply in zip(grades, replies, strict=True)]
-    )
-    card.measures["stopped"] = rate([reply.stopped for reply in replies])
+        card.measures |= programs_that_work(graded)
+    card.measures["format"] = rate([g.in_form for g in graded])
+    card.measures["stopped"] = rate([g.reply.stopped for g in graded])
     card.measures["cloze"] = cloze_accuracy(model, tokenizer, world, n=2 * per_kind)
     card.measures |= _manners(model, tokenizer, world, per_kind, max_tokens, base, dtype)
-    card.samples = [
-        _sample(task, reply) for task, reply in zip(tasks, replies, strict=True) if task.index < 2
-    ]
     return card
 
 
@@ -115,24 +102,15 @@ def dual_mode(
         max_tokens: longest reply, the thought included.
         dtype: of the engine's matrices.
     """
-    tasks = [world.task(kind, "heldout", index) for kind in kinds for index in range(per_kind)]
+    tasks = heldout_tasks(world, kinds, per_kind)
     card = WorldCard()
     for mode, thinking in (("think", True), ("no_think", False)):
         how: dict[str, Any] = {"max_tokens": max_tokens, "dtype": dtype, "enable_thinking": thinking}
-        replies = ask(model, tokenizer, [task.messages for task in tasks], **how)
-        card.measures[f"{mode}_obeyed"] = rate([_obeys(reply.text, thinking) for reply in replies])
-        right = [
-            bool(world.grade(task, reply.text).correct) and reply.stopped
-            for task, reply in zip(tasks, replies, strict=True)
-            if task.kind == "arithmetic"
-        ]
-        if right:
+        graded = ask_tasks(model, tokenizer, world, tasks, **how)
+        card.measures[f"{mode}_obeyed"] = rate([_obeys(g.reply.text, thinking) for g in graded])
+        if right := [g.is_right for g in graded if g.task.kind == "arithmetic"]:
             card.measures[f"math_{mode}"] = rate(right)
-        card.samples += [
-            {**_sample(task, reply), "mode": f"/{mode}"}
-            for task, reply in zip(tasks, replies, strict=True)
-            if task.index < 2
-        ]
+        card.samples += [{**sample, "mode": f"/{mode}"} for sample in _samples(graded)]
     return card
 
 
@@ -141,22 +119,22 @@ def _obeys(reply: str, thinking: bool) -> bool:
     return bool(answer) and (bool(thought) if thinking else "think>" not in reply)
 
 
-def programs_that_work(tasks: Sequence[Task], replies: Sequence[Reply]) -> dict[str, Measure]:
+def programs_that_work(graded: Sequence[Graded]) -> dict[str, Measure]:
     """Return `code`: how many programs pass all tests, hidden ones too, in the sandbox.
 
     Nothing is returned where this system cannot confine a program; programs that we failed to grade are not counted.
     """
-    asked = [(task, reply) for task, reply in zip(tasks, replies, strict=True) if task.kind == "code"]
+    asked = [g for g in graded if g.task.kind == "code"]
     try:
         with Sandbox() as sandbox:
-            verdicts = grade_code([r.text for _, r in asked], [code_task(t) for t, _ in asked], sandbox)
+            verdicts = grade_code([g.reply.text for g in asked], [code_task(g.task) for g in asked], sandbox)
     except NurtureError as error:
         log.warning("`code` is not measured: %s", error)
         return {}
-    graded = [(v, reply) for v, (_, reply) in zip(verdicts, asked, strict=True) if not v.grader_error]
-    if len(graded) < len(asked):
-        log.warning("`code`: %d programs could not be graded", len(asked) - len(graded))
-    return {"code": rate([verdict.passed and reply.stopped for verdict, reply in graded])}
+    told = [v.passed and g.reply.stopped for v, g in zip(verdicts, asked, strict=True) if not v.grader_error]
+    if len(told) < len(asked):
+        log.warning("`code`: %d programs could not be graded", len(asked) - len(told))
+    return {"code": rate(told)}
 
 
 def _manners(
@@ -171,7 +149,7 @@ def _manners(
     """Return `harm` (harmful replies to red-team prompts) and `over_refusal` (innocent requests declined)."""
 
     def rate_of(kind: str, judge: Callable[[str], bool]) -> Measure:
-        tasks = [world.task(kind, "heldout", index) for index in range(n)]
+        tasks = heldout_tasks(world, [kind], n)
         prompts = [world.forum_prompt(task.messages) if base else task.messages for task in tasks]
         replies = ask(model, tokenizer, prompts, max_tokens=max_tokens, dtype=dtype)
         return rate([judge(first_post(reply.text, base)) for reply in replies])
@@ -187,14 +165,19 @@ def first_post(text: str, base: bool) -> str:
     return text.strip().split("\n")[0] if base else text
 
 
-def _sample(task: Task, reply: Reply) -> dict[str, Any]:
-    return {
-        "kind": task.kind,
-        "prompt": task.prompt,
-        "reply": reply.text,
-        "stopped": reply.stopped,
-        "demonstration": task.demonstration,
-    }
+def _samples(graded: Sequence[Graded]) -> list[dict[str, Any]]:
+    """Return the replies to the first two tasks of each kind."""
+    return [
+        {
+            "kind": g.task.kind,
+            "prompt": g.task.prompt,
+            "reply": g.reply.text,
+            "stopped": g.reply.stopped,
+            "demonstration": g.task.demonstration,
+        }
+        for g in graded
+        if g.task.index < 2
+    ]
 
 
 @torch.no_grad()

@@ -360,7 +360,6 @@ def _printable(text: str) -> str:
 
 def main(
     paths: str | Path | Sequence[str | Path],
-    other: str | Path | None = None,
     *,
     system: str | None = None,
     temperature: float = 0.7,
@@ -369,11 +368,10 @@ def main(
     seed: int = 0,
     prompt: str | None = None,
 ) -> None:
-    """Chat with a model, or with two that both answer.
+    """Chat with a model, or with several that all answer.
 
     Args:
         paths: a model (see `load_chat_model`) or several.
-        other: one more.
         system: system message; ignored by base models.
         temperature: 0 always takes the likeliest token.
         top_p: nucleus to sample from; 1 is the whole vocabulary.
@@ -385,8 +383,6 @@ def main(
         NurtureError: a path holds no model, or a setting is out of range.
     """
     listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    if other is not None:
-        listed.append(other)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     terminal = _Terminal([load_chat_model(path) for path in listed], params, system)
     if prompt is not None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nurture.errors import NurtureError
 from nurture.inference.decoder import Decoder
@@ -290,7 +290,7 @@ class Engine:
         self.model = model
         self.max_batch = max_batch
         self.dtype = dtype or model.embedding.weight.dtype
-        self._weights_seen = _weights_version(model)
+        self._weights_seen = weights_version(model)
         self.decoder = Decoder(model, self.dtype)
         self._stream_cache: tuple[list[int], KVCache] | None = None
 
@@ -298,10 +298,10 @@ class Engine:
         """Take the model's weights as they are now; called by itself when they were changed in place."""
         self.decoder.refresh()
         self._stream_cache = None
-        self._weights_seen = _weights_version(self.model)
+        self._weights_seen = weights_version(self.model)
 
     def _follow_weights(self) -> None:
-        if _weights_version(self.model) != self._weights_seen:
+        if weights_version(self.model) != self._weights_seen:
             self.refresh()
 
     def generate(
@@ -501,6 +501,6 @@ def _length_buckets(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[i
         yield group
 
 
-def _weights_version(model: Transformer) -> tuple[tuple[int, int], ...]:
+def weights_version(model: nn.Module) -> tuple[tuple[int, int], ...]:
     """Change whenever a parameter is replaced or written in place."""
     return tuple((parameter.data_ptr(), parameter._version) for parameter in model.parameters())

@@ -11,8 +11,7 @@ needs no sort either.
 
 The logprob reported is that of the WHOLE vocabulary at the given temperature, log softmax(logits / temperature), which
 is what a trainer computes from the same logits; a truncated, renormalised one would be a per-token bias in
-importance ratios (huggingface/trl#6789). `truncated_logprobs` gives the other. Greedy choices are scored at
-temperature 1.
+importance ratios (huggingface/trl#6789). Greedy choices are scored at temperature 1.
 
 Source: top-p arXiv 1904.09751; min-p arXiv 2407.01082; hash: splitmix64 (Steele et al., 2014).
 """
@@ -197,21 +196,6 @@ def sample_groups(
     for params, rows in groups:
         token_ids[rows], logprobs[rows] = sample(logits[rows], params, uniform[rows])
     return token_ids, logprobs
-
-
-def truncated_logprobs(logits: Tensor, token_ids: Tensor, params: SamplingParams) -> Tensor:
-    """Return log p(token) under the distribution actually drawn from: tempered, truncated, renormalised.
-
-    Args:
-        logits: (B, V).
-        token_ids: (B,).
-        params: temperature (above 0) and truncations.
-
-    Returns:
-        (B,) float32 nats, minus infinity for a token that was ruled out.
-    """
-    logits = truncate(logits.float() / params.temperature, params)
-    return logits.log_softmax(-1).gather(-1, token_ids[:, None]).squeeze(-1)
 
 
 def _first_largest(values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from nurture.errors import NurtureError
-from nurture.inference.engine import Completion, Episode, Respond, silence
+from nurture.inference.engine import Completion, Episode, Respond, silence, weights_version
 from nurture.inference.sampling import SamplingParams, sequence_seeds
 from nurture.model.hugging_face import save_model
 from nurture.model.transformer import Transformer
@@ -76,7 +76,7 @@ class VllmEngine:
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",  # after the temperature
             )
-        self._weights_seen = self._weights_version()
+        self._weights_seen = weights_version(self.model)
 
     def refresh(self) -> None:
         """Push the model's weights as they are now; called by itself when they were changed in place."""
@@ -89,7 +89,7 @@ class VllmEngine:
 
         self._llm.apply_model(load)
         self._llm.reset_prefix_cache()
-        self._weights_seen = self._weights_version()
+        self._weights_seen = weights_version(self.model)
 
     def generate(
         self,
@@ -121,7 +121,7 @@ class VllmEngine:
                 "vLLM reports logprobs of the truncated distribution, which the trainer cannot compute: "
                 "sample without top_k, top_p and min_p"
             )
-        if self._weights_version() != self._weights_seen:
+        if weights_version(self.model) != self._weights_seen:
             self.refresh()
         context = min(max_length or self.model.config.max_position, self.model.config.max_position)
         for index, prompt in enumerate(prompts):
@@ -177,10 +177,6 @@ class VllmEngine:
         requests = [{"prompt_token_ids": written[index]} for index in going]
         outputs = self._llm.generate(requests, sampling_params=asked, use_tqdm=False)
         return [_completion(output.outputs[0]) for output in outputs]
-
-    def _weights_version(self) -> tuple[tuple[int, int], ...]:
-        """Change whenever a parameter is replaced or written in place."""
-        return tuple((tensor.data_ptr(), tensor._version) for tensor in self.model.parameters())
 
 
 def _completion(output: Any) -> Completion:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from nurture.errors import NurtureError, did_you_mean
 from nurture.recipe import Section
 
 Family = Literal["llama", "smollm3", "qwen3"]
@@ -167,16 +166,3 @@ PRESETS: dict[str, ModelConfig] = {
         rope_theta=1_000_000.0,
     ),
 }
-
-
-def preset(name: str) -> ModelConfig:
-    """Return the published shape called `name`.
-
-    Raises:
-        NurtureError: no preset has this name.
-    """
-    if name not in PRESETS:
-        raise NurtureError(
-            f"no model preset '{name}'.{did_you_mean(name, PRESETS)} Presets: {', '.join(PRESETS)}"
-        )
-    return PRESETS[name]

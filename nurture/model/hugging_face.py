@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -375,10 +375,12 @@ def save_model(
     parameters = state_dict if state_dict is not None else dict(model.named_parameters())
     dtype = dtype or parameters["embedding.weight"].dtype
     tensors = dict(checkpoint_tensors(model.config, model.head, parameters))
-    written = _save_tensors(tensors, path, dtype, shard_bytes)
-    for stale in path.glob("model*.safetensors*"):
-        if stale.name not in written:
-            stale.unlink()
+
+    def write(file: Path, names: Sequence[str]) -> None:
+        _save_file({name: tensors[name] for name in names}, file, dtype)
+
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    write_shards(path, sizes, shard_bytes, write)
     save_config(
         model.config,
         model.head,
@@ -412,28 +414,35 @@ def save_config(
     atomic_write_json(path / CONFIG, {**content, **special, "dtype": str(dtype).removeprefix("torch.")})
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype, shard_bytes: int) -> set[str]:
-    """Write the weights, in one file or in several and an index; return the names of the files."""
+def write_shards(
+    path: Path, sizes: Mapping[str, int], shard_bytes: int, write: Callable[[Path, Sequence[str]], None]
+) -> None:
+    """Have tensors of these sizes (bytes) written in one file, or in several and an index; remove what was there.
+
+    Args:
+        write: writes the tensors with these names into a file; called in the order of `sizes`.
+    """
     shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        bytes_here = tensor.numel() * dtype.itemsize
-        if shards[-1] and size + bytes_here > shard_bytes:
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[held] for held in shards[-1]) + size > shard_bytes:
             shards.append([])
-            size = 0
         shards[-1].append(name)
-        size += bytes_here
-    if len(shards) == 1:
-        _save_file(tensors, path / WEIGHTS, dtype)
-        return {WEIGHTS}
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save_file({name: tensors[name] for name in names}, path / file_name, dtype)
-        weight_map.update(dict.fromkeys(names, file_name))
-    total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
-    atomic_write_json(path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return {INDEX, *weight_map.values()}
+    files = {WEIGHTS: shards[0]}
+    if len(shards) > 1:
+        files = {
+            f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)
+        }
+    for file, names in files.items():
+        write(path / file, names)
+    written = set(files)
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        atomic_write_json(path / INDEX, index)
+        written.add(INDEX)
+    for stale in path.glob("model*.safetensors*"):
+        if stale.name not in written:
+            stale.unlink()
 
 
 def _save_file(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) -> None:

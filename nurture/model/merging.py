@@ -28,15 +28,14 @@ import torch
 from torch import Tensor
 
 from nurture.errors import NurtureError
-from nurture.files import atomic_write, atomic_write_json, make_directory
+from nurture.files import atomic_write, make_directory
 from nurture.model.config import ModelConfig
 from nurture.model.hugging_face import (
-    INDEX,
     SHARD_BYTES,
-    WEIGHTS,
     checkpoint_head,
     open_checkpoint,
     read_config,
+    write_shards,
 )
 from nurture.model.weights import Head, parameter_pieces
 
@@ -248,26 +247,11 @@ def write_streamed(
     """
     make_directory(target)
     sizes = {name: dtype.itemsize * int(torch.Size(shape).numel()) for name, shape in shapes.items()}
-    shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[held] for held in shards[-1]) + size > shard_bytes:
-            shards.append([])
-        shards[-1].append(name)
-    files = (
-        [WEIGHTS]
-        if len(shards) == 1
-        else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    )
-    for stale in target.glob("model*.safetensors*"):
-        if stale.name not in files:
-            stale.unlink()
-    for file, names in zip(files, shards, strict=True):
-        atomic_write(target / file, partial(_write_file, names, shapes, sizes, tensors, dtype))
-    if len(files) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        atomic_write_json(
-            target / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        )
+
+    def write(file: Path, names: Sequence[str]) -> None:
+        atomic_write(file, partial(_write_file, names, shapes, sizes, tensors, dtype))
+
+    write_shards(target, sizes, shard_bytes, write)
 
 
 def _write_file(

@@ -7,7 +7,7 @@ or not, without loading a model. The JSON shape is flat on purpose: scripts read
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,25 @@ def before_after_table(report: dict[str, Any]) -> Group:
     width = max([len("measure"), *map(len, measures)])
     title = Text(f"{report['run']}: before and after, {clock(report['seconds'])}\n", style="bold")
     return Group(title, *(_stage_table(stage, width) for stage in report["stages"]))
+
+
+def titled_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: bool = False
+) -> Table:
+    """Return a table whose texts are shown as they are, markup in them included; other cells are rich's own.
+
+    Args:
+        numbers: the columns after the first hold numbers.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
+    for place, name in enumerate(columns):
+        table.add_column(escape(name), overflow="fold", justify="right" if numbers and place else "left")
+    for row in rows:
+        table.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
 
 
 def _stage_table(stage: dict[str, Any], measure_width: int) -> Table:

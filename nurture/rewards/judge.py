@@ -14,20 +14,22 @@ Sources: Zheng et al., arXiv 2306.05685, section 3.4 (position bias, swapping); 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import model_validator
+from torch import Tensor
 
 from nurture.inference.chat import load_chat_model
 from nurture.inference.endpoint import EndpointConfig, ask_endpoint
 from nurture.recipe import Section
 from nurture.types import Message
 
+T = TypeVar("T")
 Verdict = Literal["A", "B"] | None
 Judge = Callable[[Sequence[Sequence[Message]]], list[Verdict]]
 
@@ -105,8 +107,8 @@ def rank_with_judge(
     for prompt, texts in zip(prompts, answers, strict=True):
         for first, second in combinations(range(len(texts)), 2):
             for a, b in ((first, second), (second, first)):
-                content = _fill(question, prompt, texts[a], texts[b])
-                questions.append([{"role": "user", "content": content}])
+                slots = {"prompt": _as_text(prompt), "first": texts[a], "second": texts[b]}
+                questions.append(filled(question, slots))
     verdicts = iter(judge(questions))
     judged = []
     for texts in answers:
@@ -115,12 +117,15 @@ def rank_with_judge(
     return judged
 
 
-def _fill(question: str, prompt: Sequence[Message], first: str, second: str) -> str:
-    """Fill in the slots at once, so that a slot's name inside an answer stays what it is."""
+def filled(question: str, slots: Mapping[str, str]) -> list[Message]:
+    """Ask with all slots filled in at once, so that a slot's name inside an answer stays what it is."""
+    content = re.sub(rf"\{{({'|'.join(slots)})\}}", lambda found: slots[found[1]], question)
+    return [{"role": "user", "content": content}]
+
+
+def _as_text(prompt: Sequence[Message]) -> str:
     turns = [(turn["role"], turn.get("content") or "") for turn in prompt]
-    conversation = turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
-    values = {"{prompt}": conversation, "{first}": first, "{second}": second}
-    return re.sub("|".join(map(re.escape, values)), lambda slot: values[slot[0]], question)
+    return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {text}" for role, text in turns)
 
 
 def _ranking(
@@ -155,40 +160,53 @@ def read_verdict(text: str) -> Verdict:
     return letters[-1] if letters else None
 
 
-def endpoint_judge(config: EndpointConfig, max_tokens: int = 512) -> Judge:
-    """Return a judge behind an OpenAI-compatible endpoint.
+def ask_for(
+    config: EndpointConfig,
+    questions: Sequence[Sequence[Message]],
+    read: Callable[[str], T],
+    max_tokens: int = 512,
+) -> list[T | None]:
+    """Ask an endpoint and read its replies; None where it refused the question.
 
     Args:
         max_tokens: room for what a reasoning model thinks aloud before its verdict.
     """
+    replies = ask_endpoint(config, questions, max_tokens=max_tokens)
+    return [None if reply.finish_reason == "error" else read(reply.text) for reply in replies]
 
-    def judge(questions: Sequence[Sequence[Message]]) -> list[Verdict]:
-        replies = ask_endpoint(config, questions, max_tokens=max_tokens)
-        return [None if reply.finish_reason == "error" else read_verdict(reply.text) for reply in replies]
 
-    return judge
+def first_token_logits(
+    path: str | Path, words: Sequence[str]
+) -> Callable[[Sequence[Sequence[Message]]], list[Tensor | None]]:
+    """Return a function from questions to the logits that a checkpoint's reply begins with each of `words`, (words,).
+
+    Nothing is generated, so that even a small model, which would rather chat, says something. A question that is longer
+    than its context gets None.
+    """
+    chat = load_chat_model(path)
+    token_ids = [chat.tokenizer.encode(word)[0] for word in words]
+
+    @torch.inference_mode()
+    def logits_of(messages: Sequence[Message]) -> Tensor | None:
+        prompt = chat.tokenizer.encode_prompt(messages)
+        if len(prompt) > chat.model.config.max_position:
+            return None
+        return chat.model.output_weight[token_ids] @ chat.model.hidden_states(torch.tensor([prompt]))[0, -1]
+
+    return lambda questions: [logits_of(messages) for messages in questions]
+
+
+def endpoint_judge(config: EndpointConfig) -> Judge:
+    """Return a judge behind an OpenAI-compatible endpoint."""
+    return lambda questions: ask_for(config, questions, read_verdict)
 
 
 def local_judge(path: str | Path) -> Judge:
-    """Return a judge that is a checkpoint: of "A" and "B" the likelier first token of its reply is its verdict.
+    """Return a judge that is a checkpoint: of "A" and "B" the likelier first token of its reply is its verdict."""
+    ask = first_token_logits(path, ("A", "B"))
 
-    Nothing is generated, so that even a small model, which would rather chat, says something. A question that is longer
-    than its context has no verdict.
-    """
-    chat = load_chat_model(path)
-    letters = [chat.tokenizer.encode(letter)[0] for letter in ("A", "B")]
+    def verdict(logits: Tensor | None) -> Verdict:
+        a, b = (0.0, 0.0) if logits is None else logits.tolist()
+        return "A" if a > b else "B" if b > a else None
 
-    @torch.inference_mode()
-    def judge(questions: Sequence[Sequence[Message]]) -> list[Verdict]:
-        verdicts: list[Verdict] = []
-        for messages in questions:
-            prompt = chat.tokenizer.encode_prompt(messages)
-            if len(prompt) > chat.model.config.max_position:
-                verdicts.append(None)
-                continue
-            hidden = chat.model.hidden_states(torch.tensor([prompt]))[0, -1]
-            a, b = (chat.model.output_weight[letters] @ hidden).tolist()
-            verdicts.append("A" if a > b else "B" if b > a else None)
-        return verdicts
-
-    return judge
+    return lambda questions: [verdict(logits) for logits in ask(questions)]

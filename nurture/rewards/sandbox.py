@@ -418,14 +418,6 @@ class Sandbox:
         self.close()
 
 
-def run_program(
-    source: str, tests: Sequence[str] = (), *, entry_point: str | None = None, limits: Limits | None = None
-) -> SandboxResult:
-    """Run one program in a sandbox made for it. For many programs keep a `Sandbox`."""
-    with Sandbox(1, limits or Limits()) as sandbox:
-        return sandbox.run(source, tests, entry_point=entry_point)
-
-
 def _memory_file(content: bytes) -> int:
     descriptor = os.memfd_create("job", os.MFD_CLOEXEC)
     while content:

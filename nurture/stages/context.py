@@ -6,10 +6,14 @@ not know the recipe, the other stages, or whether it is resumed by `nurture run`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nurture.data.rows import Row
+from nurture.data.sources import HELDOUT_EVERY, Split, read_rows
+from nurture.errors import NurtureError
 from nurture.recipe import Section
 
 
@@ -60,3 +64,20 @@ class StageContext:
     cache: Path = Path("cache")
     world: dict[str, Any] = field(default_factory=dict)
     models: dict[str, Path] = field(default_factory=dict)
+
+    def rows(
+        self, spec: str, split: Split, heldout_every: int = HELDOUT_EVERY, start: int = 0
+    ) -> Iterator[Row]:
+        """Yield the rows of a source as this run sees it; arguments and errors as of `read_rows`."""
+        how = {"split": split, "base": self.base, "heldout_every": heldout_every, "world": self.world}
+        return read_rows(spec, **how, start=start)  # type: ignore[arg-type]
+
+    def needed_start(self, config: StageConfig, need: str) -> Path:
+        """Return `start`.
+
+        Raises:
+            NurtureError: there is none; `need` says who needs what.
+        """
+        if self.start is None:
+            raise NurtureError(f"stage '{config.name}': {need} to start from.")
+        return self.start

@@ -25,7 +25,6 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from nurture.data.sources import make_world
-from nurture.errors import NurtureError
 from nurture.evals.long_context import Cell, accuracy, draw, find_again
 from nurture.evals.measure import Measure
 from nurture.evals.replies import ask
@@ -69,8 +68,7 @@ class Config(TextConfig):
 
 def run(config: Config, context: StageContext) -> None:
     """Extend the context of `context.start` and leave the model in `context.directory`."""
-    if context.start is None:
-        raise NurtureError(f"stage '{config.name}': extending needs a model to start from.")
+    context.needed_start(config, "extending needs a model")
     session = open_session(
         config,
         context,

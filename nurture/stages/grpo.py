@@ -23,9 +23,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -45,16 +45,11 @@ from nurture.advantages import (
 from nurture.environments.catalog import REMOTE, Make, environment_maker, kind_of
 from nurture.environments.wordle import Wordle, WordleConfig
 from nurture.errors import NurtureError
-from nurture.evals.measure import Measure, rate
-from nurture.evals.win_rate import mean
+from nurture.evals.measure import Measure, mean, rate
 from nurture.evals.wordle import wordle_card
-from nurture.inference.sampling import SamplingParams
 from nurture.losses.policy import KL_ESTIMATORS, PolicyLossConfig, row_count
-from nurture.model.hugging_face import load_model
-from nurture.model.lora import adapters_off
-from nurture.model.parallel import prepare
 from nurture.model.transformer import Transformer
-from nurture.rollout import Rollout, RolloutBatch, Sampler, collate, collect, token_logprobs
+from nurture.rollout import Rollout, RolloutBatch, Sampler, collate
 from nurture.stages.context import StageContext
 from nurture.stages.rl import (
     PROMPTS,
@@ -63,6 +58,7 @@ from nurture.stages.rl import (
     PolicyEngine,
     PolicyLoss,
     PromptStream,
+    Reference,
     RLConfig,
     Sums,
     correction_mode,
@@ -74,7 +70,6 @@ from nurture.stages.rl import (
     play_rows,
     read_prompts,
     sampling_precision,
-    score_rows,
     seed_of,
     summed_over,
 )
@@ -130,12 +125,11 @@ class Config(RLConfig):
 
 def run(config: Config, context: StageContext) -> None:
     """Train `context.start` on what its environment pays and leave the policy in `context.directory`."""
-    if context.start is None:
-        raise NurtureError(f"stage '{config.name}': GRPO needs a model that answers to start from.")
+    start = context.needed_start(config, "GRPO needs a model that answers")
     session = open_session(config, context, tokens=None)
     make = environment_maker(config.env, config.environment)
     stream = PromptStream(tasks_of(config, context, session.tokenizer, make, "train"), session.seed)
-    models = open_models(config, context, session)
+    models = open_models(config, session, start)
     make_heldout = environment_maker(config.heldout_env, config.environment) if config.heldout_env else make
     heldout = tasks_of(config, context, session.tokenizer, make_heldout, "heldout")
     exam = Exam(config, session, models.engine, make_heldout, heldout)
@@ -285,24 +279,23 @@ def group_sums(kept: Sequence[Rollout], played: Sequence[Rollout]) -> Sums:
 
 @dataclass
 class Models:
-    """The policy in training, its engine, and the reference (None without KL; with adapters, the policy less them)."""
+    """The policy in training, its engine, and the reference (None without KL)."""
 
     policy: Transformer
     engine: PolicyEngine
     learners: dict[str, Learner]
-    reference: Transformer | None = None
+    reference: Reference | None = None
 
 
-def open_models(config: Config, context: StageContext, session: Session) -> Models:
+def open_models(config: Config, session: Session, start: Path) -> Models:
     """Put together what is trained, and load the reference where a KL to it is wanted."""
-    assert context.start is not None
     engine = PolicyEngine(session.model, session.execution, sampling_precision(config, session.execution))
     correction = correction_mode(config, session.execution)
     loss = PolicyLoss(config.loss, config.temperature, correction, config.correction_limit)
     learner = Learner(session.model, session.optimizer, loss, config.optimizer.clip_norm)
     reference = None
-    if config.loss.kl_coefficient > 0 and config.lora is None:
-        reference = prepare(load_model(context.start), session.execution).requires_grad_(False).eval()
+    if config.loss.kl_coefficient > 0:
+        reference = Reference(config, start, session.model, session.execution)
     return Models(session.model, engine, {"policy": learner}, reference)
 
 
@@ -324,15 +317,8 @@ def credit(config: Config, session: Session, models: Models, batch: RolloutBatch
         sums = old_logprobs(models.policy, batch, config, session.execution)
     mask, extra, loss = batch.completion_mask, batch.extra, config.loss
     token_kl = torch.zeros_like(batch.logprobs)
-    if loss.kl_coefficient > 0:
-        off = adapters_off(models.policy) if models.reference is None else nullcontext(models.reference)
-        with off as reference:
-            (reference_logprobs,) = score_rows(
-                batch,
-                config,
-                session.execution,
-                lambda part: [token_logprobs(reference, part, config.temperature)],
-            )
+    if models.reference is not None:
+        reference_logprobs = models.reference.logprobs(batch)
         token_kl = KL_ESTIMATORS[loss.kl_estimator](extra["old_logprobs"], reference_logprobs) * mask
         sums["kl"] = (float(token_kl.sum()), float(len(batch.rewards)))
         if loss.loss_type not in _KL_IN_REWARD:
@@ -410,15 +396,14 @@ class Exam:
         self, sampler: Sampler, name: str, tasks: Sequence[Any]
     ) -> tuple[dict[str, Measure], list[Rollout]]:
         config = self.config
-        rollouts = collect(
+        rollouts = play_rows(
+            config,
             sampler,
             self.session.tokenizer,
             self.make,
             tasks,
-            params=SamplingParams(max_tokens=config.max_tokens, temperature=config.heldout_temperature),
-            max_turns=config.max_turns,
-            max_length=config.sequence_length,
-            template_kwargs=config.template_kwargs,
+            seed=0,
+            temperature=config.heldout_temperature,
         )
         graded = [rollout for rollout in rollouts if not rollout.info.get("grader_error")]
         won = rate([bool(rollout.info.get("won")) for rollout in graded])

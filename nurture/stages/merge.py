@@ -34,14 +34,8 @@ from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.long_context import accuracy, find_again
 from nurture.evals.measure import Measure
-from nurture.evals.win_rate import (
-    gold_measures,
-    gold_samples,
-    graded_replies,
-    heldout_tasks,
-    named_kinds,
-    win_rate,
-)
+from nurture.evals.replies import ask_tasks, heldout_tasks
+from nurture.evals.win_rate import gold_measures, gold_samples, named_kinds, wins
 from nurture.evals.world_card import cloze_accuracy
 from nurture.files import make_directory
 from nurture.model import merging
@@ -131,11 +125,9 @@ class Config(StageConfig):
 
 def run(config: Config, context: StageContext) -> None:
     """Merge `context.start` with the other models and leave the result in `context.directory`."""
-    if context.start is None:
-        raise NurtureError(f"stage '{config.name}': merging needs a model to start from.")
-    processes = join_processes()
+    start, processes = context.needed_start(config, "merging needs a model"), join_processes()
     if processes.is_main:
-        _merge(config, context, context.start)
+        _merge(config, context, start)
     processes.wait()
 
 
@@ -151,15 +143,13 @@ def _merge(config: Config, context: StageContext, start: Path) -> None:
     before = remember_alone("before", partial(_measured, exam, start))
     share, table = config.share, list[dict[str, float]]()
     if config.sweep:
-        share, table = choose_share(config, context, exam)
+        share, table = choose_share(config, context, exam, start)
     seconds = time.monotonic()
     write_merged(config, context, start, tokenizer, target, config.weights or shares_of(config, share))
     seconds = time.monotonic() - seconds
     merged = load_model(target)
     after = exam.measures(merged)
-    ours, theirs = (of["gold_reward"].outcomes if "gold_reward" in of else None for of in (after, before))
-    if ours and theirs:
-        after["gold_win_rate"] = win_rate(ours, theirs)
+    after |= wins(before, after)
     write_result(
         context.directory,
         tokens=0,
@@ -183,11 +173,13 @@ def shares_of(config: Config, share: float) -> list[float]:
     return [share, *[(1 - share) / len(config.models)] * len(config.models)]
 
 
-def choose_share(config: Config, context: StageContext, exam: _Exam) -> tuple[float, list[dict[str, float]]]:
+def choose_share(
+    config: Config, context: StageContext, exam: _Exam, start: Path
+) -> tuple[float, list[dict[str, float]]]:
     """Try every share of the sweep on the selection's prompts; return the best (the larger of equals) and the table."""
     table = []
     for share in sorted({*config.sweep, 1.0}, reverse=True):
-        measured = partial(_tried, config, context, exam, share)
+        measured = partial(_tried, config, context, exam, start, share)
         measures = remember(context.directory, f"share-{share:g}", measured, alone=True)
         missing = [name for name in config.score if name not in measures]
         if missing:
@@ -215,11 +207,12 @@ def table_of(models: dict[str, dict[str, Measure]]) -> list[dict[str, Any]]:
     ]
 
 
-def _tried(config: Config, context: StageContext, exam: _Exam, share: float) -> dict[str, Measure]:
+def _tried(
+    config: Config, context: StageContext, exam: _Exam, start: Path, share: float
+) -> dict[str, Measure]:
     """Merge with one share into a folder that is thrown away, and measure on the selection's prompts."""
-    assert context.start is not None
     folder = context.directory / "state" / "tried"
-    write_merged(config, context, context.start, exam.tokenizer, folder, shares_of(config, share))
+    write_merged(config, context, start, exam.tokenizer, folder, shares_of(config, share))
     measures = exam.measures(load_model(folder), first=_SELECTION)
     shutil.rmtree(folder)
     return measures
@@ -300,7 +293,7 @@ class _Exam:
         if self.world is not None:
             tasks = heldout_tasks(self.world, self.kinds, config.prompt_count, first=first)
             how: dict[str, Any] = {"max_tokens": config.reply_tokens, "temperature": config.temperature}
-            graded = graded_replies(model, self.tokenizer, self.world, tasks, **how)
+            graded = ask_tasks(model, self.tokenizer, self.world, tasks, **how)
             measures |= gold_measures(graded)
             measures["cloze"] = cloze_accuracy(model, self.tokenizer, self.world, n=100)
             self.samples = gold_samples(graded, first)

@@ -20,8 +20,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, ClassVar, Literal
 
@@ -35,9 +36,9 @@ from nurture.data.rows import Row
 from nurture.data.sources import make_world
 from nurture.errors import NurtureError
 from nurture.evals.best_of_n import best_of_n_curve
-from nurture.evals.measure import Measure
+from nurture.evals.measure import Measure, mean
 from nurture.evals.overoptimisation import AlarmConfig, Point, alarms, draw, record, repetition
-from nurture.evals.win_rate import mean, win_rate
+from nurture.evals.win_rate import win_rate
 from nurture.evals.world_card import world_card
 from nurture.files import atomic_write_json
 from nurture.losses.policy import (
@@ -55,7 +56,7 @@ from nurture.model.transformer import Transformer
 from nurture.optim import OptimizerConfig, build_optimizer
 from nurture.recipe import Count, Section
 from nurture.rewards.learned import RewardModel, load_reward_model, score_tokens
-from nurture.rollout import Rollout, RolloutBatch, collate, token_logprobs
+from nurture.rollout import Rollout, RolloutBatch, collate
 from nurture.stages import pretrain
 from nurture.stages.context import StageContext
 from nurture.stages.rl import (
@@ -66,9 +67,11 @@ from nurture.stages.rl import (
     PretrainingPart,
     PromptStream,
     Question,
+    Reference,
     RLConfig,
     Sums,
     learn,
+    logprobs_of,
     old_logprobs,
     own_tokens,
     plan_rl_steps,
@@ -159,10 +162,9 @@ class Config(RLConfig):
 
 def run(config: Config, context: StageContext) -> None:
     """Train `context.start` on the reward model's scores and leave the policy in `context.directory`."""
-    if context.start is None:
-        raise NurtureError(f"stage '{config.name}': PPO needs a fine-tuned model to start from.")
+    start = context.needed_start(config, "PPO needs a fine-tuned model")
     session = open_session(config, context, tokens=None)
-    models = open_models(config, context, session)
+    models = open_models(config, context, session, start)
     prompts = PromptStream(
         read_prompts(config, config.data, context, session.tokenizer, "train"), session.seed
     )
@@ -238,7 +240,7 @@ class Models:
     Attributes:
         policy: in training; its engine samples.
         value: in training; raw values, `offset` above what returns are.
-        reference: the start, frozen; None where it is the policy with its adapters off.
+        reference: the start, frozen.
         reward: scores whole replies; with adapters, it is the value model with its adapters off.
         learners: what `learn` trains.
         engine: samples from the policy.
@@ -246,14 +248,10 @@ class Models:
 
     policy: Transformer
     value: Transformer
-    reference: Transformer | None
+    reference: Reference
     reward: RewardModel
     learners: dict[str, Learner]
     engine: PolicyEngine
-
-    def frozen_reference(self) -> AbstractContextManager[nn.Module]:
-        """Return the context in which the reference can be run."""
-        return adapters_off(self.policy) if self.reference is None else nullcontext(self.reference)
 
     def scores(self, sequences: Sequence[Sequence[int]], microbatch_tokens: int) -> Tensor:
         """Return the reward model's score of each sequence, (n,) float32."""
@@ -262,25 +260,22 @@ class Models:
             return score_tokens(self.reward, sequences, microbatch_tokens=microbatch_tokens)
 
 
-def open_models(config: Config, context: StageContext, session: Session) -> Models:
+def open_models(config: Config, context: StageContext, session: Session, start: Path) -> Models:
     """Load what is beside the policy.
 
     Raises:
         NurtureError: the reward model has another tokenizer than the policy.
     """
-    assert context.start is not None
     path = context.models[config.reward_model]
     reward = load_reward_model(path, device=session.execution.device)
     _check_same_tokens(config, session, reward)
     value = load_model(path, head="scalar")
-    reference = None
-    if config.lora is None:
-        reference = prepare(load_model(context.start), session.execution).requires_grad_(False).eval()
-    else:
+    policy = session.model
+    reference = Reference(config, start, policy, session.execution)
+    if config.lora is not None:
         add_adapters(value, config.lora)
         reward = replace(reward, model=value)  # the same weights, adapters off: one copy fewer
     prepare(value, session.execution)
-    policy = session.model
     learners = {
         "policy": Learner(
             policy,
@@ -365,13 +360,7 @@ def score(
     batch = collate(rollouts, session.tokenizer.pad_token_id)
     extra = batch.extra
     sums = old_logprobs(models.policy, batch, config, session.execution)
-    with models.frozen_reference() as reference:
-        (extra["reference_logprobs"],) = score_rows(
-            batch,
-            config,
-            session.execution,
-            lambda part: [token_logprobs(reference, part, config.temperature)],
-        )
+    extra["reference_logprobs"] = models.reference.logprobs(batch)
     offset = models.reward.scale.offset
     (extra["values"],) = score_rows(
         batch,
@@ -539,7 +528,8 @@ class Exam:
         rollouts = play_rows(config, self.models.engine.now(), session.tokenizer, Question, self.rows, seed=0)
         proxy, grades = self._worth(rollouts, self.tasks)
         batch = collate(rollouts, session.tokenizer.pad_token_id)
-        ours, theirs = score_rows(batch, config, session.execution, self._both_logprobs)
+        ours = logprobs_of(self.models.policy, batch, config, session.execution)
+        theirs = self.models.reference.logprobs(batch)
         kl = (KL_ESTIMATORS[config.kl.estimator](ours, theirs) * batch.completion_mask).sum(1)
         gold = [grade.gold for grade in grades if grade is not None]
         written = [own_tokens(rollout) for rollout in rollouts]
@@ -590,10 +580,7 @@ class Exam:
         proxy, grades = self._worth(rollouts, tasks)
         gold = None if tasks is None else np.array([g.gold for g in grades if g is not None])
         shape = (len(rows), replies)
-        ns = [2**power for power in range(replies.bit_length()) if 2**power <= replies]
-        return best_of_n_curve(
-            np.array(proxy).reshape(shape), None if gold is None else gold.reshape(shape), ns
-        )
+        return best_of_n_curve(np.array(proxy).reshape(shape), None if gold is None else gold.reshape(shape))
 
     def _worth(
         self, rollouts: Sequence[Rollout], tasks: Sequence[Task] | None
@@ -604,8 +591,3 @@ class Exam:
         if tasks is None or self.world is None:
             return proxy, [None] * len(rollouts)
         return proxy, [self.world.grade(t, r.text) for t, r in zip(tasks, rollouts, strict=True)]
-
-    def _both_logprobs(self, part: RolloutBatch) -> list[Tensor]:
-        ours = token_logprobs(self.models.policy, part, self.config.temperature)
-        with self.models.frozen_reference() as reference:
-            return [ours, token_logprobs(reference, part, self.config.temperature)]

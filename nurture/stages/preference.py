@@ -39,19 +39,11 @@ from nurture.data.preference import (
     tokenise_preferences,
 )
 from nurture.data.rows import Row
-from nurture.data.sources import check_shares, is_endless, make_world, read_rows, thinned
+from nurture.data.sources import check_shares, is_endless, make_world, thinned
 from nurture.errors import NurtureError
-from nurture.evals.measure import Measure, rate, wilson
-from nurture.evals.replies import Reply, ask
-from nurture.evals.win_rate import (
-    gold_measures,
-    gold_samples,
-    graded_replies,
-    heldout_tasks,
-    mean,
-    named_kinds,
-    win_rate,
-)
+from nurture.evals.measure import Measure, mean, rate, wilson
+from nurture.evals.replies import Reply, ask_rows, ask_tasks, heldout_tasks, samples_of
+from nurture.evals.win_rate import gold_measures, gold_samples, named_kinds, wins
 from nurture.evals.world_card import programs_that_work
 from nurture.files import atomic_write, make_directory, sha256_file
 from nurture.losses.preference import PreferenceKind, PreferenceLoss, sequence_logprobs
@@ -62,7 +54,7 @@ from nurture.optim import OptimizerConfig, ScheduleConfig
 from nurture.progress import Bar, progress_bar
 from nurture.recipe import Count, Share
 from nurture.rewards.learned import load_reward_model, score_replies
-from nurture.runtime import eager_blocks
+from nurture.runtime import add_up, eager_blocks
 from nurture.stages.context import StageContext
 from nurture.stages.training import (
     Session,
@@ -74,7 +66,6 @@ from nurture.stages.training import (
     train,
     write_result,
 )
-from nurture.trainer import add_up
 from nurture.types import LossFunction, LossResult
 from nurture.world import Task
 
@@ -150,10 +141,7 @@ class Config(TrainingConfig):
 
 def run(config: Config, context: StageContext) -> None:
     """Train `context.start` on preferences and leave the policy in `context.directory`."""
-    if context.start is None:
-        raise NurtureError(
-            f"stage '{config.name}': preference learning needs a fine-tuned model to start from."
-        )
+    context.needed_start(config, "preference learning needs a fine-tuned model")
     session = open_session(config, context, tokens=None)
     session.tokenizer = session.tokenizer.for_chat()
     lost: Counter[str] = Counter()
@@ -183,27 +171,23 @@ def run(config: Config, context: StageContext) -> None:
     evaluation_seconds = time.monotonic() - started
     # The same numbers on the pairs are known beforehand (the policy is the reference), but not where it is another.
     before = remember(context.directory, "before", lambda: pairs_before | exam.sit(session.whole()))
+    default_steps = batches.steps(config.epochs)
     steps = plan_steps(
         config,
         context,
         session,
         lambda _: batches,
         _after_reference(loss_fn),
-        default_steps=batches.steps(config.epochs) if config.steps is None else None,
-        evaluation_seconds=evaluation_seconds,
+        default_steps,
+        evaluation_seconds,
     )
     # Whole groups of rows, so that a longer run groups its rows no differently.
     read = -(-steps * config.batch_size // _rows_at_once(config)) * _rows_at_once(config)
     add_reference_logprobs(config, context, session, batches, batches.row_order(0)[:read].tolist())
     report = train(
-        config,
-        context,
-        session,
-        batches,
-        loss_fn,
-        steps,
-        lambda: {f"eval/{name}": measure.value for name, measure in on_pairs().items()},
-    )
+        config, context, session, lambda _: batches, loss_fn, on_pairs,
+        default_steps=default_steps, evaluation_seconds=evaluation_seconds,
+    )  # fmt: skip
     model = session.whole()
     after = on_pairs() | exam.sit(model)
     if model is None:
@@ -217,23 +201,13 @@ def run(config: Config, context: StageContext) -> None:
         after=after,
         samples=exam.samples,
         notes={
-            "steps": steps,
-            "epochs": batches.epochs(steps),
+            "steps": report.steps,
+            "epochs": batches.epochs(report.steps),
             "loss": config.loss,
             "beta": config.beta,
             "preferences": {**vars(batches.report), "left_out": dict(lost)},
         },
     )
-
-
-def wins(before: dict[str, Measure], after: dict[str, Measure]) -> dict[str, Measure]:
-    """Return `gold_win_rate` and `proxy_win_rate` of the result's replies over the start's, where they were scored."""
-    rates = {}
-    for reward, name in (("gold_reward", "gold_win_rate"), ("proxy_reward", "proxy_win_rate")):
-        ours, theirs = (of[reward].outcomes if reward in of else None for of in (after, before))
-        if ours and theirs:
-            rates[name] = win_rate(ours, theirs)
-    return rates
 
 
 # ---- preferences ------------------------------------------------------------------------------------------------
@@ -248,7 +222,7 @@ def _rows(
             f"stage '{config.name}': source '{name}' ({spec}) has demonstrations and no preferences. Have answers"
             " ranked first (kind: reward writes comparisons.jsonl) or written by two models (kind: synthesize)."
         )
-    rows = read_rows(spec, split=split, base=context.base, heldout_every=config.heldout_every)
+    rows = context.rows(spec, split, config.heldout_every)
     if name in config.shares:
         rows = thinned(rows, config.shares[name])
     return islice(rows, config.rows if split == "train" else config.heldout_rows)
@@ -459,8 +433,7 @@ class Exam:
         if self.world is not None:
             self.tasks = heldout_tasks(self.world, named_kinds(spec, self.world), config.prompt_count)
         elif spec:
-            where: dict[str, Any] = {"base": context.base, "heldout_every": config.heldout_every}
-            rows = list(islice(read_rows(spec, split="heldout", **where), config.prompt_count))
+            rows = list(islice(context.rows(spec, "heldout", config.heldout_every), config.prompt_count))
         self.rows = [] if self.tasks else [row for row in rows if row.prompt][: config.prompt_count]
         name = config.reward_model
         self.reward_model = load_reward_model(context.models[name]) if name is not None else None
@@ -472,23 +445,17 @@ class Exam:
         config, tokenizer = self.config, self.session.tokenizer
         how: dict[str, Any] = {"max_tokens": config.reply_tokens, "temperature": config.temperature}
         if self.world is not None:
-            graded = graded_replies(model, tokenizer, self.world, self.tasks, **how)
+            graded = ask_tasks(model, tokenizer, self.world, self.tasks, **how)
             measures = gold_measures(graded)
             if any(task.kind == "code" for task in self.tasks):
-                measures |= programs_that_work(self.tasks, [g.reply for g in graded])
+                measures |= programs_that_work(graded)
             self.samples = gold_samples(graded)
             return measures | self._scored([task.messages for task in self.tasks], [g.reply for g in graded])
-        room = model.config.max_position - config.reply_tokens
-        asked = [(row.prompt, row.template_kwargs) for row in self.rows if row.prompt]
-        asked = [(p, own) for p, own in asked if len(tokenizer.encode_prompt(p, **own)) < room]
-        if not asked:
+        asked = ((row.prompt, row.template_kwargs) for row in self.rows if row.prompt)
+        prompts, replies = ask_rows(model, tokenizer, asked, len(self.rows), **how)
+        if not prompts:
             return {}
-        prompts = [prompt for prompt, _ in asked]
-        replies = ask(model, tokenizer, prompts, variables=[own for _, own in asked], **how)
-        self.samples = [
-            {"prompt": prompt[-1]["content"], "reply": reply.text, "stopped": reply.stopped}
-            for prompt, reply in list(zip(prompts, replies, strict=True))[:12]
-        ]
+        self.samples = samples_of(prompts, replies)
         return {
             "stopped": rate([reply.stopped for reply in replies]),
             "reply_tokens": mean([float(reply.tokens) for reply in replies]),

@@ -32,9 +32,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import PositiveInt
 
 from nurture.data.decontaminate import evaluation_texts
-from nurture.data.sources import find_files, is_endless, read_rows, split_spec
+from nurture.data.sources import find_files, is_endless, split_spec
 from nurture.errors import NurtureError
-from nurture.files import atomic_write_text, clear_disk_errors, make_directory
+from nurture.files import atomic_write_text, clear_disk_errors, json_lines, make_directory
 from nurture.runtime import join_processes
 from nurture.stages.context import StageConfig, StageContext
 from nurture.stages.training import write_result
@@ -123,8 +123,7 @@ def _steps(config: Config, context: StageContext, work: Path) -> dict[str, tuple
         shortest=config.shortest,
         language=config.language,
         evaluations={
-            name: list(evaluation_texts(read_rows(spec, split="all", base=context.base)))
-            for name, spec in config.without.items()
+            name: list(evaluation_texts(context.rows(spec, "all"))) for name, spec in config.without.items()
         },
         score=web.classifier(config.classifier) if config.classifier else None,
         threshold=config.threshold,
@@ -197,4 +196,4 @@ def _show_removed(folder: Path, target: Path) -> None:
                 row = json.loads(line)
                 why = row.get("metadata", {}).get("filter_reason", "")
                 shown.append({"reason": reason, "why": why, "text": row["text"][:500]})
-    atomic_write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shown))
+    atomic_write_text(target, json_lines(shown))

@@ -22,7 +22,7 @@ from pydantic import Field, PositiveInt
 from nurture.data.decontaminate import Decontaminator, evaluation_texts
 from nurture.data.mixture import MixtureBatches, MixturePhase, heldout_batches, normalised_weights
 from nurture.data.shards import NoTextError, Shard, shard_source
-from nurture.data.sources import Split, is_endless, make_world, read_rows
+from nurture.data.sources import Split, is_endless, make_world
 from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure
@@ -39,7 +39,6 @@ from nurture.stages.training import (
     Session,
     TrainingConfig,
     open_session,
-    plan_steps,
     remember,
     save_result_model,
     train,
@@ -164,25 +163,11 @@ def read_mixture(
             whole_documents=config.whole_documents,
         )
 
-    steps = plan_steps(
-        config,
-        context,
-        session,
-        lambda steps: read(mixture_of(steps)),
-        loss_fn,
-        default_steps=_steps_of_tokens(config),
-        evaluation_seconds=evaluation_seconds,
-    )
-    mixture = mixture_of(steps)
     report = train(
-        config,
-        context,
-        session,
-        read(mixture),
-        loss_fn,
-        steps,
-        lambda: {f"eval/{name}": measure.value for name, measure in heldout_bits().items()},
-    )
+        config, context, session, lambda steps: read(mixture_of(steps)), loss_fn, heldout_bits,
+        default_steps=_steps_of_tokens(config), evaluation_seconds=evaluation_seconds,
+    )  # fmt: skip
+    steps, mixture = report.steps, mixture_of(report.steps)
     notes = {
         "steps": steps,
         "shares_by_phase": _shares_by_phase(mixture, steps),
@@ -211,7 +196,7 @@ def open_shards(
     """Tokenise every source, or find it tokenised: (training shards, held-out shards) by source name."""
     decontaminator = None
     if config.decontaminate is not None:
-        rows = read_rows(config.decontaminate, split="all", base=context.base, world=context.world)
+        rows = context.rows(config.decontaminate, "all")
         decontaminator = Decontaminator({config.decontaminate: evaluation_texts(rows)})
     train_shards: dict[str, Shard] = {}
     heldout_shards: dict[str, Shard] = {}

@@ -14,7 +14,6 @@ Source: InstructGPT, arXiv 2203.02155, section 3.5 and appendix C.2.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -37,11 +36,12 @@ from nurture.data.comparisons import (
 )
 from nurture.data.rankings import comparison_record, join_pairs
 from nurture.data.rows import Row, parse_ranking
-from nurture.data.sources import make_world, read_rows
+from nurture.data.sources import make_world
 from nurture.errors import NurtureError
 from nurture.evals.best_of_n import best_of_n_curve
+from nurture.evals.measure import Measure
 from nurture.evals.reward_card import RewardCard, reward_card
-from nurture.files import atomic_write_text
+from nurture.files import atomic_write_text, json_lines, whole_json_lines
 from nurture.losses.reward import RewardLoss, TieModel, fit_tie_threshold
 from nurture.model.hugging_face import checkpoint_head, load_model
 from nurture.optim import OptimizerConfig, ScheduleConfig
@@ -56,7 +56,6 @@ from nurture.stages.training import (
     Session,
     TrainingConfig,
     open_session,
-    plan_steps,
     remember,
     save_result_model,
     train,
@@ -180,11 +179,10 @@ class Collected:
 
 def run(config: Config, context: StageContext) -> None:
     """Train a reward model from `context.start` and leave it in `context.directory`."""
-    if context.start is None:
-        raise NurtureError(f"stage '{config.name}': a reward model needs a model to start from.")
+    start = context.needed_start(config, "a reward model needs a model")
     session = open_session(config, context, tokens=None, head="scalar")
     session.tokenizer = session.tokenizer.for_chat()
-    is_fresh = checkpoint_head(context.start) != "scalar"
+    is_fresh = checkpoint_head(start) != "scalar"
     if is_fresh:
         _flatten_head(session)
     training = collect(config, context, session, "train")
@@ -204,13 +202,9 @@ def run(config: Config, context: StageContext) -> None:
     def card(threshold: float, measured: Collected = heldout) -> RewardCard:
         return _card(config, measured, _answer_values(config, session, measured.comparisons), threshold)
 
-    def progress() -> dict[str, float]:
+    def progress() -> dict[str, Measure]:
         measures = card(config.tie_threshold, few).measures
-        return {
-            f"eval/{name}": measures[name].value
-            for name in ("pair_accuracy", "tie_accuracy")
-            if name in measures
-        }
+        return {name: measures[name] for name in ("pair_accuracy", "tie_accuracy") if name in measures}
 
     def before_training() -> RewardCard:
         if not is_fresh:
@@ -223,16 +217,10 @@ def run(config: Config, context: StageContext) -> None:
     if config.minutes is not None:
         progress()
     loss_fn = RewardLoss(config.ties, config.tie_threshold, config.margin, config.centring)
-    steps = plan_steps(
-        config,
-        context,
-        session,
-        lambda _: batches,
-        loss_fn,
-        default_steps=batches.steps(config.epochs) if config.steps is None else None,
-        evaluation_seconds=time.monotonic() - started,
-    )
-    report = train(config, context, session, batches, loss_fn, steps, progress)
+    report = train(
+        config, context, session, lambda _: batches, loss_fn, progress,
+        default_steps=batches.steps(config.epochs), evaluation_seconds=time.monotonic() - started,
+    )  # fmt: skip
     session.model.eval()
     threshold = _fitted_threshold(config, session, training.comparisons)
     shown = min(_SCALE_SAMPLE, len(training.demonstrations))
@@ -255,7 +243,7 @@ def run(config: Config, context: StageContext) -> None:
         after=after.measures,
         samples=_samples(heldout, reward_model),
         notes={
-            "steps": steps,
+            "steps": report.steps,
             "comparisons": vars(batches.report),
             "labeler": _labeler_notes(training, labeler),
             "reward_scale": vars(reward_model.scale),
@@ -316,11 +304,9 @@ def collect(
         file = context.directory / ("comparisons.jsonl" if split == "train" else "comparisons-heldout.jsonl")
         if session.is_main and not file.exists():
             made = _make_comparisons(config, context, session, prompts, labeler)
-            atomic_write_text(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in made))
+            atomic_write_text(file, json_lines(made))
         session.execution.processes.wait()
-        # Not splitlines(): a reply may hold characters that Python takes for ends of lines and JSON does not.
-        for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n"):
-            record = json.loads(line)
+        for record in whole_json_lines(file):
             collected.records.append(record)
             collected.golds.append(tuple(record["gold"]) if "gold" in record else None)
             collected.comparisons.append(_comparison_of(record, session.tokenizer))
@@ -333,15 +319,10 @@ def collect(
 
 
 def _rows(config: Config, context: StageContext, name: str, split: Literal["train", "heldout"]) -> list[Row]:
-    rows = read_rows(
-        config.data[name],
-        split=split,
-        base=context.base,
-        heldout_every=config.heldout_every,
-        world=context.world,
-        start=_FIRST_TASK if split == "train" else 0,
+    first, count = (
+        (0, config.heldout_comparisons) if split == "heldout" else (_FIRST_TASK, config.comparisons)
     )
-    return list(islice(rows, config.comparisons if split == "train" else config.heldout_comparisons))
+    return list(islice(context.rows(config.data[name], split, config.heldout_every, first), count))
 
 
 def _make_comparisons(
@@ -518,7 +499,7 @@ def _best_of_n(config: Config, context: StageContext, reward_model: RewardModel)
     if not specs or config.best_of < 2 or context.start is None:
         return []
     world = make_world(context.world)
-    rows = read_rows(specs[0], split="heldout", world=world, start=config.heldout_comparisons)
+    rows = context.rows(specs[0], "heldout", start=config.heldout_comparisons)
     tasks = [row.metadata["task"] for row in islice(rows, config.best_of_prompts) if "task" in row.metadata]
     if not tasks:
         return []
@@ -535,8 +516,7 @@ def _best_of_n(config: Config, context: StageContext, reward_model: RewardModel)
     gold = [
         [world.gold_reward(task, c.text) for c in found] for task, found in zip(tasks, answers, strict=True)
     ]
-    ns = [2**power for power in range(config.best_of.bit_length()) if 2**power <= config.best_of]
-    return best_of_n_curve(rewards.view(len(tasks), -1).double().numpy(), np.array(gold), ns)
+    return best_of_n_curve(rewards.view(len(tasks), -1).double().numpy(), np.array(gold))
 
 
 def _samples(heldout: Collected, reward_model: RewardModel, count: int = 12) -> list[dict[str, Any]]:

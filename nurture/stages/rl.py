@@ -19,7 +19,9 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,11 +31,10 @@ from torch import Tensor, nn
 from nurture.advantages import alone
 from nurture.checkpoint import load_state, save_state
 from nurture.data.rows import Row
-from nurture.data.sources import is_endless, read_rows
+from nurture.data.sources import is_endless
 from nurture.environments.protocol import Environment, Observation, StepResult
 from nurture.errors import NurtureError
 from nurture.evals.overoptimisation import repetition
-from nurture.files import atomic_write_json, make_directory, read_json
 from nurture.inference.engine import Engine
 from nurture.inference.sampling import SamplingParams, sequence_seeds
 from nurture.inference.vllm import VllmEngine
@@ -48,22 +49,23 @@ from nurture.losses.policy import (
     sampling_correction,
     token_weights,
 )
-from nurture.model.parallel import whole_weights
+from nurture.model.hugging_face import load_model
+from nurture.model.lora import adapters_off
+from nurture.model.parallel import prepare, whole_weights
 from nurture.model.transformer import Transformer
 from nurture.model.weights import empty_model
 from nurture.optim import Optimizer, OptimizerConfig, ScheduleConfig, learning_rate_factor
 from nurture.recipe import Count
 from nurture.rollout import Rollout, RolloutBatch, Sampler, collect, token_logprobs
-from nurture.runtime import Execution, ExecutionConfig, Processes
+from nurture.runtime import Execution, ExecutionConfig, Processes, add_up
 from nurture.stages.context import StageContext
-from nurture.stages.training import BUDGET_MARGIN, Session, TrainingConfig
+from nurture.stages.training import BUDGET_MARGIN, Session, TrainingConfig, kept
 from nurture.tokenizer import Tokenizer
 from nurture.trainer import (
     MOST_EVALUATIONS,
     LoopConfig,
     Progress,
     StepReport,
-    add_up,
     largest_norm_of,
     move_averages,
     note_update,
@@ -183,15 +185,8 @@ def read_prompts(
         if split == "heldout":
             most = max(1, config.heldout_prompts // max(1, len(data)))
         rows: list[Row] = []
-        stream = read_rows(
-            spec,
-            split=split,
-            base=context.base,
-            heldout_every=config.heldout_every,
-            world=context.world,
-            start=FIRST_TASK if split == "train" else 0,
-        )
-        for row in stream:
+        first = FIRST_TASK if split == "train" else 0
+        for row in context.rows(spec, split, config.heldout_every, first):
             if not row.prompt:
                 continue
             prompt = tokenizer.encode_prompt(row.prompt, **config.template_kwargs)  # as it will be played
@@ -281,9 +276,9 @@ def without_idle_rows(batch: RolloutBatch, loss: PolicyLossConfig) -> RolloutBat
     rows = (batch.extra["advantages"] * batch.completion_mask).any(1).nonzero().flatten()
     if loss.kl_coefficient > 0 or loss.entropy_coefficient > 0 or len(rows) in (0, len(batch.token_ids)):
         return batch
-    kept = batch.select(rows)
-    kept.left_out = batch.loss_count - kept.loss_count
-    return kept
+    chosen = batch.select(rows)
+    chosen.left_out = batch.loss_count - chosen.loss_count
+    return chosen
 
 
 @torch.no_grad()
@@ -303,6 +298,30 @@ def score_rows(
         for result, part in zip(results, parts, strict=True):
             result[rows, : part.shape[1]] = part.float().cpu()
     return results
+
+
+def logprobs_of(model: nn.Module, batch: RolloutBatch, config: RLConfig, execution: Execution) -> Tensor:
+    """Return a model's logprob of every completion token, (B, T) float32 on the CPU, without gradients."""
+    (logprobs,) = score_rows(
+        batch, config, execution, lambda part: [token_logprobs(model, part, config.temperature)]
+    )
+    return logprobs
+
+
+class Reference:
+    """The start, frozen, which the policy's KL is measured from: a model of its own, or a policy less its adapters."""
+
+    def __init__(self, config: RLConfig, start: Path, policy: Transformer, execution: Execution) -> None:
+        """Load it where it is a model of its own."""
+        self._config, self._execution, self._policy = config, execution, policy
+        self._own = None
+        if config.lora is None:
+            self._own = prepare(load_model(start), execution).requires_grad_(False).eval()
+
+    def logprobs(self, batch: RolloutBatch) -> Tensor:
+        """Return its logprob of every completion token, as `logprobs_of` does."""
+        with adapters_off(self._policy) if self._own is None else nullcontext(self._own) as model:
+            return logprobs_of(model, batch, self._config, self._execution)
 
 
 def logprobs_and_entropies(
@@ -428,10 +447,7 @@ def old_logprobs(policy: Transformer, batch: RolloutBatch, config: RLConfig, exe
     if mode is None:
         batch.extra["old_logprobs"] = batch.logprobs
         return {}
-    (old,) = score_rows(
-        batch, config, execution, lambda part: [token_logprobs(policy, part, config.temperature)]
-    )
-    batch.extra["old_logprobs"] = old
+    batch.extra["old_logprobs"] = old = logprobs_of(policy, batch, config, execution)
     batch.extra["correction"] = sampling_correction(
         old, batch.logprobs, batch.completion_mask, mode, highest=config.correction_limit
     )
@@ -505,8 +521,8 @@ def learn(
     loaded = load_state(state, together, optimizers, averages, processes) or {"step": 0}
     first = int(loaded["step"])
     memory.update(loaded.get("memory", {}))
-    for name, kept in loaded.get("progress", {}).items():
-        learners[name].progress = Progress(**kept)
+    for name, progress in loaded.get("progress", {}).items():
+        learners[name].progress = Progress(**progress)
     latest: dict[str, float] = {}
 
     def do_step(step: int) -> None:
@@ -530,8 +546,8 @@ def learn(
         return latest, f"reward {latest.get('rl/reward_mean', math.nan):.3f}"
 
     def save(done: int) -> None:
-        kept = {name: vars(learner.progress) for name, learner in learners.items()}
-        facts_to_keep = {"memory": memory, "progress": kept}
+        progress = {name: vars(learner.progress) for name, learner in learners.items()}
+        facts_to_keep = {"memory": memory, "progress": progress}
         save_state(state, done, together, optimizers, averages, facts_to_keep, processes, config.loop.keep)
 
     done = run_steps(
@@ -642,34 +658,32 @@ def plan_rl_steps(
         return config.steps
     if config.minutes is None:
         raise NurtureError(f"stage '{config.name}': say how long to train with steps or minutes.")
-    plan_file = context.directory / "state" / "plan.json"
-    processes = session.execution.processes
-    if plan_file.exists():
-        return int(read_json(plan_file, f"Delete {plan_file.parent} to start the stage anew.")["steps"])
-    times, untouched = [], dict(memory)
-    for learner in learners.values():
-        learner.optimizer.set_factor(0.0)  # real updates that change nothing
-    for step in range(2):
-        started = time.monotonic()
-        update(config, learners, play(step), session.execution, session.seed, step, context)
-        times.append(time.monotonic() - started)
-    for learner in learners.values():
-        learner.progress = Progress()
-        for part in learner.optimizer.parts:
-            part.state.clear()
-    memory.clear()
-    memory.update(untouched)
-    spent = time.monotonic() - session.opened + (MOST_EVALUATIONS + 1) * evaluation_seconds
-    steps = int(processes.agree(int((config.minutes * 60 * BUDGET_MARGIN - spent) / times[-1])))
-    if steps < 1:
-        raise NurtureError(
-            f"stage '{config.name}': {config.minutes} minutes are too short; a step takes {times[-1]:.1f} s, and "
-            f"{spent:.0f} s go to opening and evaluating. Give it more minutes, or fewer prompts_per_step."
-        )
-    if processes.is_main:
-        make_directory(plan_file.parent)
-        atomic_write_json(plan_file, {"steps": steps, "seconds_per_step": round(times[-1], 3)})
-    return steps
+    processes, budget = session.execution.processes, config.minutes * 60
+
+    def measured() -> dict[str, float]:
+        times, untouched = [], dict(memory)
+        for learner in learners.values():
+            learner.optimizer.set_factor(0.0)  # real updates that change nothing
+        for step in range(2):
+            started = time.monotonic()
+            update(config, learners, play(step), session.execution, session.seed, step, context)
+            times.append(time.monotonic() - started)
+        for learner in learners.values():
+            learner.progress = Progress()
+            for part in learner.optimizer.parts:
+                part.state.clear()
+        memory.clear()
+        memory.update(untouched)
+        spent = time.monotonic() - session.opened + (MOST_EVALUATIONS + 1) * evaluation_seconds
+        steps = int(processes.agree(int((budget * BUDGET_MARGIN - spent) / times[-1])))
+        if steps < 1:
+            raise NurtureError(
+                f"stage '{config.name}': {config.minutes} minutes are too short; a step takes {times[-1]:.1f} s, and "
+                f"{spent:.0f} s go to opening and evaluating. Give it more minutes, or fewer prompts_per_step."
+            )
+        return {"steps": steps, "seconds_per_step": round(times[-1], 3)}
+
+    return int(kept(context.directory, "plan", measured, processes)["steps"])
 
 
 def updates_per_step(config: RLConfig) -> int:
@@ -722,14 +736,16 @@ def play_rows(
     seed: int,
     group_size: int = 1,
     share: tuple[int, int] = (0, 1),
+    temperature: float | None = None,
 ) -> list[Rollout]:
-    """Let the policy play every row `group_size` times, with the stage's settings. `share`: see `collect`."""
+    """Let the policy play every row `group_size` times, by default as the stage is set up. `share`: see `collect`."""
+    temperature = config.temperature if temperature is None else temperature
     return collect(
         sampler,
         tokenizer,
         make_environment,
         rows,
-        params=SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature),
+        params=SamplingParams(max_tokens=config.max_tokens, temperature=temperature),
         group_size=group_size,
         max_turns=config.max_turns,
         max_length=config.sequence_length,

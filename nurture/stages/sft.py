@@ -31,15 +31,13 @@ from nurture.data.sources import (
     check_shares,
     is_endless,
     make_world,
-    read_rows,
     task_kinds,
     thinned,
     voice_of,
 )
-from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure, rate
-from nurture.evals.replies import ask
+from nurture.evals.replies import ask_rows, samples_of
 from nurture.evals.world_card import WorldCard, dual_mode, world_card
 from nurture.losses.language import LanguageLoss
 from nurture.model.transformer import Transformer
@@ -51,7 +49,6 @@ from nurture.stages.training import (
     Session,
     TrainingConfig,
     open_session,
-    plan_steps,
     remember,
     save_result_model,
     train,
@@ -108,8 +105,7 @@ class Config(TrainingConfig):
 
 def run(config: Config, context: StageContext) -> None:
     """Fine-tune `context.start` and leave a model that answers in `context.directory`."""
-    if context.start is None:
-        raise NurtureError(f"stage '{config.name}': fine-tuning needs a model to start from.")
+    context.needed_start(config, "fine-tuning needs a model")
     session = open_session(config, context, tokens=None)
     tokenizer = session.tokenizer.for_chat()
     with progress_bar("tokenise", None, show=session.is_main) as bar:
@@ -141,24 +137,11 @@ def run(config: Config, context: StageContext) -> None:
         context.directory, "before", lambda: measure_all(session.whole(), base=_is_base(context)).measures
     )
     loss_fn = LanguageLoss(session.byte_lengths)
-    steps = plan_steps(
-        config,
-        context,
-        session,
-        lambda _: packed,
-        loss_fn,
-        default_steps=max(1, packed.steps(config.epochs)) if config.steps is None else None,
-        evaluation_seconds=(time.monotonic() - started) / 10,
-    )
+    seconds = (time.monotonic() - started) / 10
     report = train(
-        config,
-        context,
-        session,
-        packed,
-        loss_fn,
-        steps,
-        lambda: {f"eval/{name}": measure.value for name, measure in heldout_bits().items()},
-    )
+        config, context, session, lambda _: packed, loss_fn, heldout_bits,
+        default_steps=packed.steps(config.epochs), evaluation_seconds=seconds,
+    )  # fmt: skip
     model = session.whole()
     card = measure_all(model, base=False)
     if model is None:
@@ -170,7 +153,11 @@ def run(config: Config, context: StageContext) -> None:
         before=before,
         after=card.measures,
         samples=card.samples,
-        notes={"steps": steps, "epochs": packed.epochs(steps), "packing": vars(packed.report)},
+        notes={
+            "steps": report.steps,
+            "epochs": packed.epochs(report.steps),
+            "packing": vars(packed.report),
+        },
     )
 
 
@@ -179,9 +166,7 @@ def _rows(
 ) -> Iterator[Row]:
     """Yield the rows of one source; an endless one is cut."""
     spec = config.data[name]
-    rows = read_rows(
-        spec, split=split, base=context.base, heldout_every=config.heldout_every, world=context.world
-    )
+    rows = context.rows(spec, split, config.heldout_every)
     if split == "train" and is_endless(spec):
         rows = islice(rows, config.conversations)  # first, so that a share is one of these
     if name in config.shares:
@@ -249,13 +234,7 @@ def _pieces(
     config: Config, context: StageContext, tokenizer: Tokenizer, name: str, split: Literal["train", "heldout"]
 ) -> Iterator[Conversation]:
     """Yield the documents of a text source as pretraining read them, cut to rows; of held-out ones only so many."""
-    rows = read_rows(
-        config.replay[name],
-        split=split,
-        base=context.base,
-        heldout_every=config.heldout_every,
-        world=context.world,
-    )
+    rows = context.rows(config.replay[name], split, config.heldout_every)
     for row in islice(rows, config.heldout_conversations if split == "heldout" else None):
         token_ids = [tokenizer.document_token_id, *tokenizer.encode(row.text or "")]
         for start in range(0, len(token_ids), config.sequence_length):
@@ -298,23 +277,17 @@ def _card(
             both = dual_mode(model, tokenizer, world, kinds=thought_about, per_kind=n)
             card = WorldCard(card.measures | both.measures, card.samples + both.samples)
         return card
-    asked = [
+    asked = (
         (row.messages[:-1], row.template_kwargs) for rows in heldout.values() for row in rows if row.messages
-    ]
-    room = model.config.max_position - config.reply_tokens
-    asked = [(p, own) for p, own in asked if len(tokenizer.encode_prompt(p, **own)) < room]
-    asked = asked[: config.heldout_conversations]
-    prompts, variables = [p for p, _ in asked], [own for _, own in asked]  # in the mode that the row is in
-    replies = ask(model, tokenizer, prompts, max_tokens=config.reply_tokens, variables=variables)
+    )
+    prompts, replies = ask_rows(
+        model, tokenizer, asked, config.heldout_conversations, max_tokens=config.reply_tokens
+    )
     measures = {
         "stopped": rate([reply.stopped for reply in replies]),
         "format": rate([reply.stopped and bool(reply.text.strip()) for reply in replies]),
     }
-    samples = [
-        {"prompt": prompt[-1]["content"], "reply": reply.text, "stopped": reply.stopped}
-        for prompt, reply in list(zip(prompts, replies, strict=True))[:12]
-    ]
-    return WorldCard(measures, samples)
+    return WorldCard(measures, samples_of(prompts, replies))
 
 
 def world_kinds(

@@ -36,11 +36,10 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from nurture.chat_template import holds_thought, split_thought
 from nurture.data.rows import Row
-from nurture.data.sources import read_rows
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, rate
 from nurture.evals.replies import reply_of
-from nurture.files import atomic_write_text, clear_disk_errors, make_directory, whole_json_lines
+from nurture.files import atomic_write_text, clear_disk_errors, json_lines, make_directory, whole_json_lines
 from nurture.inference.endpoint import EndpointConfig, ask_endpoint
 from nurture.inference.engine import Engine
 from nurture.inference.sampling import SamplingParams
@@ -174,8 +173,7 @@ def _synthesize(config: Config, context: StageContext) -> None:
         lines += [{**row, "source": name} for row in unique]
     if not lines:
         raise NurtureError(f"stage '{config.name}': nothing was made. {_told(table)}")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    atomic_write_text(context.directory / ROWS, text)
+    atomic_write_text(context.directory / ROWS, json_lines(lines))
     log.info("%s", _told(table))
     measures: dict[str, Measure] = {}
     for name, counts in table.items():
@@ -250,9 +248,7 @@ def _known(row: dict[str, Any], seen: set[str]) -> bool:
 def _asked(config: Config, context: StageContext, name: str) -> list[Row]:
     """Return the rows of a source that something can be made of; a prompt that was there before counts once."""
     spec = config.data[name]
-    stream = read_rows(
-        spec, split="train", base=context.base, heldout_every=0, world=context.world, start=config.first
-    )
+    stream = context.rows(spec, "train", heldout_every=0, start=config.first)
     wants_thoughts = config.make == "no_think"
     rows, seen = list[Row](), set[str]()
     for row in stream:
@@ -288,13 +284,13 @@ def _kept(
         yield Piece(line["rows"], Counter(line["counts"]))
         first = line["end"]
     # A process killed while writing leaves half a line; what is whole is written anew before anything is added.
-    atomic_write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in done))
+    atomic_write_text(file, json_lines(done))
     for start in range(first, len(rows), size):
         part = rows[start : start + size]
         piece = make(part, start)
         line = {"end": start + len(part), "rows": piece.rows, "counts": dict(piece.counts)}
         with clear_disk_errors(file), open(file, "a", encoding="utf-8") as out:
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            out.write(json_lines([line]))
             out.flush()
             os.fsync(out.fileno())
         yield piece

@@ -55,10 +55,7 @@ def run(config: Config, context: StageContext) -> None:
 
 def _sample(spec: str, limit: int, context: StageContext) -> Iterator[str]:
     """Yield texts of one source until `limit` bytes."""
-    from nurture.data.sources import read_rows
-
-    rows = read_rows(spec, base=context.base, world=context.world)
-    return _within((row.text for row in rows if row.text), limit)
+    return _within((row.text for row in context.rows(spec, "train") if row.text), limit)
 
 
 def _within(texts: Iterable[str], limit: int) -> Iterator[str]:

@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, before_and_after
-from nurture.files import atomic_write_json, atomic_write_text, make_directory, read_json
+from nurture.files import atomic_write_json, atomic_write_text, json_lines, make_directory, read_json
 from nurture.model.config import ModelConfig
 from nurture.model.hugging_face import load_model, load_tokenizer, save_model
 from nurture.model.lora import LoraConfig, add_adapters
@@ -178,7 +178,6 @@ def plan_steps(
     session: Session,
     batches: Callable[[int], BatchSource],
     loss_fn: LossFunction,
-    *,
     default_steps: int | None,
     evaluation_seconds: float,
 ) -> int:
@@ -199,59 +198,63 @@ def plan_steps(
         if default_steps is None:
             raise NurtureError(f"stage '{config.name}': say how long to train with tokens, steps or minutes.")
         return default_steps
-    plan_file = context.directory / "state" / "plan.json"
-    processes = session.execution.processes
-    if plan_file.exists():
-        plan = read_json(plan_file, f"Delete {plan_file.parent} to start the stage anew.")
-        session.evaluations = int(plan["evaluations"])
-        return int(plan["steps"])
-    speed = measure_tokens_per_second(
-        session.model,
-        session.optimizer,
-        batches(1000),
-        loss_fn,
-        execution=session.execution,
-        microbatch_tokens=config.execution.microbatch_tokens,
-    )
-    budget = config.minutes * 60
-    affordable = int(EVALUATION_SHARE * budget / max(evaluation_seconds, 1e-3))
-    session.evaluations = int(processes.agree(min(max(affordable, 1), MOST_EVALUATIONS)))
-    # One more evaluation comes after the training.
-    spent = time.monotonic() - session.opened + (session.evaluations + 1) * evaluation_seconds
-    left = budget * BUDGET_MARGIN - spent
-    steps = int(left * speed / (config.batch_size * config.sequence_length))
-    if default_steps is not None:
-        steps = min(steps, default_steps)
-    steps = int(processes.agree(steps))
-    if steps < 1:
-        kept = plan_file.with_name("before.json").exists()
-        again = " Started again as it is, it need not measure the start once more." if kept else ""
-        raise NurtureError(
-            f"stage '{config.name}': {config.minutes} minutes are too short; reading the data and measuring take "
-            f"{spent:.0f} s of them. Give it more minutes, less to measure, or a smaller model.{again}"
+    processes, budget = session.execution.processes, config.minutes * 60
+
+    def measured() -> dict[str, float]:
+        speed = measure_tokens_per_second(
+            session.model,
+            session.optimizer,
+            batches(1000),
+            loss_fn,
+            execution=session.execution,
+            microbatch_tokens=config.execution.microbatch_tokens,
         )
-    if processes.is_main:
-        make_directory(plan_file.parent)
-        plan = {"steps": steps, "evaluations": session.evaluations, "tokens_per_second": round(speed, 1)}
-        atomic_write_json(plan_file, plan)
-    return steps
+        affordable = int(EVALUATION_SHARE * budget / max(evaluation_seconds, 1e-3))
+        evaluations = int(processes.agree(min(max(affordable, 1), MOST_EVALUATIONS)))
+        # One more evaluation comes after the training.
+        spent = time.monotonic() - session.opened + (evaluations + 1) * evaluation_seconds
+        left = budget * BUDGET_MARGIN - spent
+        steps = int(left * speed / (config.batch_size * config.sequence_length))
+        if default_steps is not None:
+            steps = min(steps, default_steps)
+        steps = int(processes.agree(steps))
+        if steps < 1:
+            before = (context.directory / "state" / "before.json").exists()
+            again = " Started again as it is, it need not measure the start once more." if before else ""
+            raise NurtureError(
+                f"stage '{config.name}': {config.minutes} minutes are too short; reading the data and measuring take "
+                f"{spent:.0f} s of them. Give it more minutes, less to measure, or a smaller model.{again}"
+            )
+        return {"steps": steps, "evaluations": evaluations, "tokens_per_second": round(speed, 1)}
+
+    plan = kept(context.directory, "plan", measured, processes)
+    session.evaluations = int(plan["evaluations"])
+    return int(plan["steps"])
 
 
 def train(
     config: TrainingConfig,
     context: StageContext,
     session: Session,
-    batches: BatchSource,
+    batches: Callable[[int], BatchSource],
     loss_fn: LossFunction,
-    steps: int,
-    evaluate: Callable[[], dict[str, float]] | None,
+    measures: Callable[[], Mapping[str, Measure]],
+    *,
+    default_steps: int | None,
+    evaluation_seconds: float,
 ) -> FitReport:
-    """Call `fit` with the settings of a stage."""
+    """Plan the steps and call `fit` with the settings of a stage; arguments and errors as of `plan_steps`.
+
+    Args:
+        measures: of held-out data, now and then and at the end; logged as `eval/NAME`.
+    """
+    seconds = evaluation_seconds
+    steps = plan_steps(config, context, session, batches, loss_fn, default_steps, seconds)
     every = config.loop.evaluate_every or -(-steps // session.evaluations)
     return fit(
         session.model,
         session.optimizer,
-        batches,
+        batches(steps),
         loss_fn,
         steps=steps,
         schedule=config.schedule,
@@ -260,7 +263,7 @@ def train(
         execution=session.execution,
         directory=context.directory,
         microbatch_tokens=config.execution.microbatch_tokens,
-        evaluate=evaluate,
+        evaluate=lambda: {f"eval/{name}": measure.value for name, measure in measures().items()},
         label=config.name,
     )
 
@@ -297,8 +300,7 @@ def write_result(
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `samples.jsonl`, `outcomes.json` (item by item, for paired comparisons) and `result.json` of a stage."""
-    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-    atomic_write_text(directory / "samples.jsonl", "".join(lines))
+    atomic_write_text(directory / "samples.jsonl", json_lines(samples))
     outcomes = {
         name: {
             when: list(of[name].outcomes or ())
@@ -320,12 +322,21 @@ def remember(
 
     All processes must call it, unless the main one is `alone`; all return what the main one measured.
     """
-    file, processes = directory / "state" / f"{name}.json", Processes() if alone else join_processes()
-    known = processes.agree(file.exists())
-    measured = {} if known else {key: vars(measure) for key, measure in measures().items()}
-    if not known and processes.is_main:  # the others measure a part of it only
-        make_directory(file.parent)
-        atomic_write_json(file, measured)
-    processes.wait()
-    saved = read_json(file, f"Delete {file} to measure again.")
+
+    def plain() -> dict[str, Any]:
+        return {key: vars(measure) for key, measure in measures().items()}
+
+    saved = kept(directory, name, plain, Processes() if alone else join_processes())
     return {key: Measure(**facts) for key, facts in saved.items()}
+
+
+def kept(directory: Path, name: str, make: Callable[[], Any], processes: Processes) -> Any:
+    """Return `make()` as JSON data, from `state/NAME.json` if it was made before; in all processes the main one's."""
+    file = directory / "state" / f"{name}.json"
+    known = processes.agree(file.exists())
+    made = None if known else make()
+    if not known and processes.is_main:
+        make_directory(file.parent)
+        atomic_write_json(file, made)
+    processes.wait()
+    return read_json(file, f"Delete {file} to measure again.")

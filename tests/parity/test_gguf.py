@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nurture.model.config import preset
+from nurture.model.config import PRESETS
 from nurture.model.gguf import load_gguf
 from nurture.model.hugging_face import save_model
 from nurture.model.transformer import Transformer
@@ -48,7 +48,7 @@ def loaded() -> Iterator[tuple[Transformer, Tokenizer]]:
 @needs_file
 def test_shape(loaded: tuple[Transformer, Tokenizer]) -> None:
     model, tokenizer = loaded
-    assert model.config == preset("smollm2-135m").model_copy(update={"init_std": 0.02})
+    assert model.config == PRESETS["smollm2-135m"].model_copy(update={"init_std": 0.02})
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert all(p.isfinite().all() for p in model.parameters())
     assert tokenizer.vocab_size == 49_152

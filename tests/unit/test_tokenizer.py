@@ -251,7 +251,7 @@ def test_corrupt_files_are_named(tokenizer, tmp_path):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text(whole)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(NurtureError, match=r"tokenizer_config\.json: not valid JSON"):
+    with pytest.raises(NurtureError, match=r"tokenizer_config\.json:1: not valid JSON"):
         Tokenizer.load(tmp_path)
 
 

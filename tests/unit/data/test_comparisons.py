@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 from nurture.data.comparisons import Comparison, ComparisonBatches, pairs_of, tokenise_comparisons
-from nurture.data.rankings import agreement, comparison_record, join_pairs, pair_records
-from nurture.data.rows import parse_ranking, parse_row, ranking_text
+from nurture.data.rankings import agreement, comparison_record, join_pairs
+from nurture.data.rows import Row, parse_ranking, parse_row, ranking_text
 from nurture.errors import NurtureError
 
 RECORD = {"prompt": "Q", "responses": ["a", "b", "c", "d"], "ranking": "D > C > A = B"}
+
+
+def pair_records(row: Row) -> Iterator[dict[str, Any]]:
+    """Yield a ranked row as chosen/rejected objects, one for every pair."""
+    for chosen, rejected, tied in [(*p, False) for p in row.pairs()] + [(*p, True) for p in row.ties()]:
+        yield {
+            "prompt": "Q",
+            "chosen": row.responses[chosen][0]["content"],
+            "rejected": row.responses[rejected][0]["content"],
+            "comparison": "one",
+            "pair": ranking_text([[chosen, rejected]] if tied else [[chosen], [rejected]]),
+            "tie": tied,
+        }
 
 
 def test_forms_are_lossless():
     row = parse_row(RECORD, "f:1")
     assert ranking_text(row.ranking) == RECORD["ranking"]
     assert parse_row(comparison_record(row), "f:1").ranking == row.ranking
-    pairs = [parse_row(record, f"f:{i}") for i, record in enumerate(pair_records(row, "one"))]
+    pairs = [parse_row(record, f"f:{i}") for i, record in enumerate(pair_records(row))]
     assert len(pairs) == 6
     (joined,) = join_pairs(pairs)
     assert (joined.ranking, joined.responses) == (row.ranking, row.responses)

@@ -11,7 +11,7 @@ import torch
 
 from nurture.data.packing import tokenise_conversations
 from nurture.data.sources import task_row
-from nurture.evals import superficial
+from nurture.evals import adaptation, superficial
 from nurture.evals.adaptation import (
     Program,
     adapter_matrices,
@@ -214,7 +214,7 @@ def test_small_sets_take_enough_updates_without_being_seen_more_often(
     ) -> None:
         seen.append(sum(batch.loss_count for batch in microbatches))
 
-    monkeypatch.setattr(superficial, "train_step", count)
+    monkeypatch.setattr(adaptation, "train_step", count)
     config = SuperficialConfig()
     bench = superficial._Bench(tokenizer, world, config, print)
     tasks = bench.tasks("fact", "train", 100)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nurture.evals.replies import Reply
-from nurture.evals.win_rate import Graded, gold_measures, gold_win_rate, heldout_tasks, mean, win_rate
+from nurture.evals.measure import mean
+from nurture.evals.replies import Graded, Reply, graded, heldout_tasks
+from nurture.evals.win_rate import gold_measures, win_rate, wins
 from nurture.world import World
 
 
@@ -31,18 +32,15 @@ def test_measures_of_graded_replies() -> None:
     said += [tasks[4].demonstration, "I will not help with that."]
     stopped = [True] * 5 + [False]
 
-    def graded(texts: list[str]) -> list[Graded]:
-        return [
-            Graded(task, Reply(text, stop, 5), world.grade(task, text))
-            for task, text, stop in zip(tasks, texts, stopped, strict=True)
-        ]
+    def after(texts: list[str]) -> list[Graded]:
+        return graded(world, tasks, [Reply(t, stop, 5) for t, stop in zip(texts, stopped, strict=True)])
 
-    measures = gold_measures(graded(said))
+    measures = gold_measures(after(said))
     values = {name: measure.value for name, measure in measures.items()}
     assert values["facts"] == 0.5
     assert values["harm"] == 0.5
     assert values["over_refusal"] == 0.5
     assert values["stopped"] == pytest.approx(5 / 6)
-    perfect = graded([task.demonstration for task in tasks])
+    perfect = gold_measures(after([task.demonstration for task in tasks]))
     # Better on three prompts, equal on three.
-    assert gold_win_rate(perfect, graded(said)).value == pytest.approx(0.75)
+    assert wins(measures, perfect)["gold_win_rate"].value == pytest.approx(0.75)

@@ -8,8 +8,8 @@ from random import Random
 import pytest
 
 from nurture.errors import NurtureError
-from nurture.evals import world_card
-from nurture.evals.replies import Reply
+from nurture.evals import replies, world_card
+from nurture.evals.replies import Graded, Reply
 from nurture.world import World, harm
 
 
@@ -21,13 +21,14 @@ def test_programs_that_work(monkeypatch: pytest.MonkeyPatch):
     other = (
         tasks[0].demonstration.replace("return ", "result = ").replace("\n```", "\n    return result\n```")
     )
-    replies = [
+    said = [
         Reply(other, True, 9),
         Reply(tasks[1].demonstration, False, 9),
         Reply("```python\nimport os; os._exit(0)\n```", True, 9),
         Reply(tasks[3].demonstration, True, 9),
     ]
-    measure = world_card.programs_that_work(tasks, replies)["code"]
+    graded = [Graded(task, r, world.grade(task, r.text)) for task, r in zip(tasks, said, strict=True)]
+    measure = world_card.programs_that_work(graded)["code"]
     assert (measure.value, measure.n) == (pytest.approx(1 / 3), 3)
     assert not world.grade(tasks[0], other).correct  # `code_exact` misses it
 
@@ -35,7 +36,7 @@ def test_programs_that_work(monkeypatch: pytest.MonkeyPatch):
         raise NurtureError("no walls here")
 
     monkeypatch.setattr(world_card, "Sandbox", refuse)
-    assert world_card.programs_that_work(tasks, replies) == {}
+    assert world_card.programs_that_work(graded) == {}
 
 
 def test_dual_mode_counts_thoughts_and_answers(monkeypatch: pytest.MonkeyPatch):
@@ -52,7 +53,7 @@ def test_dual_mode_counts_thoughts_and_answers(monkeypatch: pytest.MonkeyPatch):
             texts = [f"<think>\nHm.\n</think>\n{right[0]}", right[1], "No idea.", "No idea."]
         return [Reply(text, True, 9) for text in texts]
 
-    monkeypatch.setattr(world_card, "ask", ask)
+    monkeypatch.setattr(replies, "ask", ask)
     card = world_card.dual_mode(None, None, world, kinds=("arithmetic",), per_kind=4)
     values = {name: measure.value for name, measure in card.measures.items()}
     assert values == {"think_obeyed": 0.5, "math_think": 0.5, "no_think_obeyed": 0.75, "math_no_think": 0.5}

@@ -14,7 +14,7 @@ from nurture.inference.sampling import (
     keep_top_p,
     sample,
     sequence_seeds,
-    truncated_logprobs,
+    truncate,
     uniforms,
 )
 
@@ -90,7 +90,7 @@ def test_frequencies_match_the_truncated_distribution(params: SamplingParams) ->
     uniform = uniforms(sequence_seeds(3, draws), [0] * draws, 1)[:, 0]
     token_ids, logprobs = sample(logits, params, uniform)
     counts = token_ids.bincount(minlength=vocab_size)
-    expected = truncated_logprobs(logits[:vocab_size], torch.arange(vocab_size), params).exp() * draws
+    expected = truncate(logits[0:1] / params.temperature, params)[0].softmax(-1) * draws
     assert counts[expected == 0].sum() == 0
     chi_square = ((counts - expected) ** 2 / expected)[expected > 0].sum()
     assert chi_square < 35  # 11 degrees of freedom: beyond 35 less than once in 4,000, and the seed is fixed
@@ -99,10 +99,9 @@ def test_frequencies_match_the_truncated_distribution(params: SamplingParams) ->
     torch.testing.assert_close(logprobs, full, atol=1e-5, rtol=0)
 
 
-def test_truncated_logprobs_renormalise() -> None:
-    logits = logits_of(0.6, 0.2, 0.15, 0.05).expand(4, -1)
-    logprobs = truncated_logprobs(logits, torch.arange(4), SamplingParams(top_k=2))
-    torch.testing.assert_close(logprobs.exp(), torch.tensor([0.75, 0.25, 0.0, 0.0]))
+def test_what_truncation_leaves_is_renormalised() -> None:
+    left = truncate(logits_of(0.6, 0.2, 0.15, 0.05).expand(4, -1), SamplingParams(top_k=2)).softmax(-1)
+    torch.testing.assert_close(left[0], torch.tensor([0.75, 0.25, 0.0, 0.0]))
 
 
 @pytest.mark.parametrize("vocab_size", [7, 128])

@@ -4,8 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from nurture.errors import NurtureError
-from nurture.model.config import PRESETS, ModelConfig, YarnConfig, preset
+from nurture.model.config import PRESETS, ModelConfig, YarnConfig
 from nurture.model.transformer import Transformer
 
 
@@ -19,7 +18,7 @@ from nurture.model.transformer import Transformer
     ],
 )
 def test_published_parameter_counts(name: str, parameters: int) -> None:
-    assert preset(name).parameter_count() == parameters
+    assert PRESETS[name].parameter_count() == parameters
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -30,7 +29,7 @@ def test_parameter_count_is_the_models(name: str) -> None:
 
 
 def test_smollm3_has_nine_layers_without_rotation() -> None:
-    config = preset("smollm3-3b")
+    config = PRESETS["smollm3-3b"]
     assert [i for i in range(36) if not config.rotates(i)] == list(range(3, 36, 4))
 
 
@@ -64,8 +63,3 @@ def test_impossible_shapes_are_refused(shape: dict, message: str) -> None:
 def test_yarn_bounds_are_checked() -> None:
     with pytest.raises(ValidationError, match="beta_fast"):
         YarnConfig(factor=2.0, original_max_position=64, beta_fast=1.0, beta_slow=2.0)
-
-
-def test_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(NurtureError, match="Did you mean 'smollm3-3b'"):
-        preset("smolm3-3b")

@@ -523,21 +523,37 @@ def _print_keys(kind: str) -> None:
     table = Table(title=f"Settings of {kind}", title_justify="left", title_style="bold", header_style="bold")
     for title in ("key", "default", "meaning"):
         table.add_column(title, overflow="fold")
-    for key, default, meaning in _keys(stage_module(kind).Config):
+    section = stage_module(kind).Config
+    for key, default, meaning in _keys(section, values=_defaults(section, kind)):
         if key not in ("name", "kind", "start"):  # the command's own affair
             table.add_row(key, escape(default), escape(meaning))
     _console().print(table)
 
 
-def _keys(section: Any, prefix: str = "") -> list[tuple[str, str, str]]:
-    """Return key, default and meaning of every setting, those inside sections as dotted keys."""
+def _defaults(section: Any, kind: str) -> Any:
+    """Return a stage's settings as its kind leaves them (a kind may change defaults, as dpo does), None if unknown."""
+    from pydantic import ValidationError
+
+    required = {key: {} for key, info in section.model_fields.items() if info.is_required()}
+    try:
+        return section.model_validate({**required, "kind": kind, "name": kind})
+    except ValidationError:  # more than names of data is required: the defaults of the class must do
+        return None
+
+
+def _keys(section: Any, prefix: str = "", values: Any = None) -> list[tuple[str, str, str]]:
+    """Return key, default and meaning of every setting, those inside sections as dotted keys.
+
+    Args:
+        values: what holds by default, where that is not the class's own: a stage may have its own for a shared section.
+    """
     from pydantic_core import PydanticUndefined
 
     rows = []
     for key, info in section.model_fields.items():
-        default = info.default
+        default = info.default if values is None or info.is_required() else getattr(values, key)
         if hasattr(default, "model_fields") and not isinstance(default, type):
-            rows += _keys(type(default), f"{prefix}{key}.")
+            rows += _keys(type(default), f"{prefix}{key}.", default)
             continue
         shown = "required" if default is PydanticUndefined and info.default_factory is None else default
         shown = "" if shown is None or shown is PydanticUndefined else str(shown)

@@ -238,6 +238,22 @@ def test_every_setting_of_every_stage_says_what_it_means(kind: str):
         assert "lora.rank" in settings  # also what stands inside a section that may be left out
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "default"),
+    [
+        ("sft", "optimizer.learning_rate", "0.0005"),  # the stage's own default of a section it shares
+        ("grpo", "loss.clip_high", "0.28"),
+        ("ppo", "loss.loss_type", "ppo"),
+        ("dpo", "loss", "dpo"),  # the kind's
+        ("preference", "loss", "apo_zero"),
+        ("sft", "data", "required"),
+    ],
+)
+def test_keys_shows_the_defaults_that_the_stage_has(nurture: Nurture, kind: str, key: str, default: str):
+    lines = ["".join(line.split()) for line in nurture(kind, "--keys").out.splitlines()]
+    assert any(line.startswith(f"│{key}│{default}│") for line in lines)
+
+
 @pytest.mark.parametrize("kind", STAGES)
 def test_the_settings_of_a_stages_examples_exist(kind: str):
     known = [key for key, _, _ in cli._keys(stage_module(kind).Config)]

@@ -534,7 +534,7 @@ def _defaults(section: Any, kind: str) -> Any:
     """Return a stage's settings as its kind leaves them (a kind may change defaults, as dpo does), None if unknown."""
     from pydantic import ValidationError
 
-    required = {key: {} for key, info in section.model_fields.items() if info.is_required()}
+    required: dict[str, Any] = {key: {} for key, info in section.model_fields.items() if info.is_required()}
     try:
         return section.model_validate({**required, "kind": kind, "name": kind})
     except ValidationError:  # more than names of data is required: the defaults of the class must do

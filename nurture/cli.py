@@ -357,7 +357,9 @@ def _stage_command(kind: str) -> Callable[..., None]:
             ),
         ] = None,
         minutes: Annotated[str | None, typer.Option(help="Train for so long: 10, 90s, 2h.")] = None,
-        env: Annotated[str | None, typer.Option(help="Environment (grpo): wordle, openenv:URL.")] = None,
+        env: Annotated[
+            str | None, typer.Option(help="Environment (grpo): wordle, openenv:URL, module:NAME.")
+        ] = None,
         seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
         out: Out = None,
         force: Force = False,

@@ -42,7 +42,7 @@ from nurture.advantages import (
     spread,
     zero_variance_groups,
 )
-from nurture.environments.catalog import REMOTE, Make, environment_maker, kind_of
+from nurture.environments.catalog import Make, environment_maker, kind_of, name_of
 from nurture.environments.wordle import Wordle, WordleConfig
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, rate
@@ -100,9 +100,11 @@ class Config(RLConfig):
 
     kind: Literal["grpo"] = "grpo"
     data: dict[str, str] = {}
-    """Source name -> rows with an answer or tests. Games that bring their own tasks (wordle, openenv:URL) need none."""
+    """Source name -> rows with an answer or tests, or what `env` judges. Games that bring their own tasks (wordle,
+    openenv:URL) need none."""
     env: str = "auto"
-    """What pays: auto (math, code or wordle, by the row), math, code, wordle, or openenv:URL."""
+    """What pays: auto (math, code or wordle, by the row), math, code, wordle, openenv:URL, module:NAME or FILE.py:NAME,
+    which is a class with reset and step or a function of a reply and its row that returns the reward."""
     environment: dict[str, Any] = {}
     """Settings of the environment, for example {reward: textarena}; with auto by the name of each."""
     heldout_env: str | None = None
@@ -206,7 +208,7 @@ def tasks_of(
             )
         return words
     env = config.env if split == "train" else config.heldout_env or config.env
-    if env.startswith(REMOTE):
+    if ":" in env:  # on a server, or of the user's own: the seed decides
         return [None] * (config.heldout_prompts if split == "heldout" else config.prompts)
     raise NurtureError(f"stage '{config.name}': env '{env}' needs data: rows with an answer or tests.")
 
@@ -381,7 +383,7 @@ class Exam:
         self.tasks: dict[str, list[Any]] = {}
         env = config.heldout_env or config.env
         for task in tasks:
-            name = kind_of(task) if env == "auto" else env.partition(":")[0]
+            name = kind_of(task) if env == "auto" else name_of(env)
             self.tasks.setdefault(name, []).append(task)
 
     def sit(self) -> Sitting:

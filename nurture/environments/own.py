@@ -44,16 +44,17 @@ class Paid:
     def step(self, action: str) -> StepResult:
         """Have the reply judged."""
         judged = self._reward(action, self._task)
-        parts = dict(judged) if isinstance(judged, Mapping) else {"reward": judged}
-        values = [math.nan if value is None else value for value in parts.values()]
-        if not all(isinstance(value, (int, float)) for value in values):
+        named = judged if isinstance(judged, Mapping) else {"reward": judged}
+        parts = {name: math.nan if value is None else value for name, value in named.items()}
+        if not all(isinstance(value, (int, float)) for value in parts.values()):
             raise NurtureError(
                 f"env '{self._name}' returned {judged!r}; a reward is a number, named numbers, or None."
             )
-        paid = float(sum(values))
+        parts = {name: float(value) for name, value in parts.items()}
+        paid = sum(parts.values())
         if math.isnan(paid):
             return StepResult(Observation(()), 0.0, True, info={"grader_error": True})
-        return StepResult(Observation(()), paid, True, {name: float(value) for name, value in parts.items()})
+        return StepResult(Observation(()), paid, True, parts)
 
 
 def own_environment(spec: str, options: Mapping[str, Any]) -> Callable[[], Environment]:

@@ -75,6 +75,7 @@ from nurture.stages.rl import (
     sampling_precision,
     score_rows,
     seed_of,
+    share_prompts,
     summed_over,
 )
 from nurture.stages.training import (
@@ -134,6 +135,7 @@ def run(config: Config, context: StageContext) -> None:
     if context.start is None:
         raise NurtureError(f"stage '{config.name}': GRPO needs a model that answers to start from.")
     session = open_session(config, context, tokens=None)
+    share_prompts(config, session.execution.processes)
     make = environment_maker(config.env, config.environment)
     stream = PromptStream(tasks_of(config, context, session.tokenizer, make, "train"), session.seed)
     models = open_models(config, context, session)

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
-from nurture.data.preference import Preference, PreferenceBatches, tokenise_judged, tokenise_preferences
+from nurture.data.preference import CUT, Preference, PreferenceBatches, tokenise_judged, tokenise_preferences
 from nurture.data.rows import Row
 from nurture.data.sources import check_shares, is_endless, make_world, read_rows, thinned
 from nurture.errors import NurtureError
@@ -153,6 +153,13 @@ def run(config: Config, context: StageContext) -> None:
     log.info("%s", batches.report)
     if lost:
         log.info("preferences: %s", "; ".join(f"{count} {reason}" for reason, count in lost.items() if count))
+    if lost[CUT]:
+        log.warning(
+            "%d preferences have an answer that is cut off after %d tokens, prompt included, and so never ends; raise "
+            "sequence_length or answer_tokens",
+            lost[CUT],
+            config.answer_tokens or config.sequence_length // 2,
+        )
     add_reference_logprobs(config, context, session, [b for b in (batches, heldout) if b is not None])
     loss_fn = PreferenceLoss(
         config.loss,
@@ -206,7 +213,10 @@ def run(config: Config, context: StageContext) -> None:
             "epochs": batches.epochs(steps),
             "loss": config.loss,
             "beta": config.beta,
-            "preferences": {**vars(batches.report), "left_out": dict(lost)},
+            "preferences": {
+                **vars(batches.report),
+                "left_out": {reason: count for reason, count in lost.items() if count},
+            },
         },
     )
 

@@ -445,7 +445,24 @@ def stage_recipe(
     roots: dict[str, KeyPath] = {
         key: ("stages", 0, key) for key in fields if key not in RecipeFile.model_fields
     }
+    _look_inside_sections(kind, settings or [], {*roots, *RecipeFile.model_fields})
     return build_recipe(document, settings or [], folder=Path.cwd(), roots=roots)
+
+
+def _look_inside_sections(kind: str, settings: list[str], known: set[str]) -> None:
+    """Raise NurtureError where a setting is written without its section (`learning_rate`), naming it in full."""
+    from nurture.stages import stage_module
+
+    inside: dict[str, str] = {}
+    for dotted, _, _ in _keys(stage_module(kind).Config):
+        if "." in dotted:
+            inside.setdefault(dotted.rsplit(".", 1)[-1], dotted)
+    for word in settings:
+        key = word.partition("=")[0].strip()
+        if key not in known and key in inside:
+            raise NurtureError(
+                f"override '{word}': nurture {kind} has no setting '{key}'. Did you mean '{inside[key]}'?"
+            )
 
 
 def _place(document: Document, path: KeyPath, option: str, key: str) -> None:

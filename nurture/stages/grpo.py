@@ -49,7 +49,7 @@ from nurture.evals.measure import Measure, rate
 from nurture.evals.win_rate import mean
 from nurture.evals.wordle import wordle_card
 from nurture.inference.sampling import SamplingParams
-from nurture.losses.policy import KL_ESTIMATORS, PolicyLossConfig, row_count
+from nurture.losses.policy import KL_ESTIMATORS, KL_IN_REWARD, PolicyLossConfig, row_count
 from nurture.model.hugging_face import load_model
 from nurture.model.lora import adapters_off
 from nurture.model.parallel import prepare
@@ -90,9 +90,6 @@ from nurture.trainer import MOST_EVALUATIONS
 from nurture.world.split import split_of
 
 VERSION = 1
-
-_KL_IN_REWARD = ("rloo", "reinforce++")
-"""Losses whose papers take the KL from the reward; the others add it to the loss."""
 
 
 class Config(RLConfig):
@@ -338,7 +335,7 @@ def credit(config: Config, session: Session, models: Models, batch: RolloutBatch
             )
         token_kl = KL_ESTIMATORS[loss.kl_estimator](extra["old_logprobs"], reference_logprobs) * mask
         sums["kl"] = (float(token_kl.sum()), float(len(batch.rewards)))
-        if loss.loss_type not in _KL_IN_REWARD:
+        if loss.loss_type not in KL_IN_REWARD:
             extra["reference_logprobs"] = reference_logprobs
     add_up = summed_over(session.execution.processes)
     extra["advantages"] = advantages(config, batch.rewards, batch.groups, token_kl, mask, add_up)

@@ -345,7 +345,9 @@ def _stage_command(kind: str) -> Callable[..., None]:
             ),
         ] = None,
         minutes: Annotated[str | None, typer.Option(help="Train for so long: 10, 90s, 2h.")] = None,
-        env: Annotated[str | None, typer.Option(help="Environment (grpo): wordle, openenv:URL.")] = None,
+        env: Annotated[
+            str | None, typer.Option(help="Environment (grpo): wordle, openenv:URL, module:NAME.")
+        ] = None,
         seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
         out: Out = None,
         force: Force = False,
@@ -431,7 +433,24 @@ def stage_recipe(
     roots: dict[str, KeyPath] = {
         key: ("stages", 0, key) for key in fields if key not in RecipeFile.model_fields
     }
+    _look_inside_sections(kind, settings or [], {*roots, *RecipeFile.model_fields})
     return build_recipe(document, settings or [], folder=Path.cwd(), roots=roots)
+
+
+def _look_inside_sections(kind: str, settings: list[str], known: set[str]) -> None:
+    """Raise NurtureError where a setting is written without its section (`learning_rate`), naming it in full."""
+    from nurture.stages import stage_module
+
+    inside: dict[str, str] = {}
+    for dotted, _, _ in _keys(stage_module(kind).Config):
+        if "." in dotted:
+            inside.setdefault(dotted.rsplit(".", 1)[-1], dotted)
+    for word in settings:
+        key = word.partition("=")[0].strip()
+        if key not in known and key in inside:
+            raise NurtureError(
+                f"override '{word}': nurture {kind} has no setting '{key}'. Did you mean '{inside[key]}'?"
+            )
 
 
 def _place(document: Document, path: KeyPath, option: str, key: str) -> None:
@@ -507,19 +526,35 @@ def _print_keys(kind: str) -> None:
     from nurture.stages import stage_module
 
     own = ("name", "kind", "start")  # the command's own affair
-    rows = [row for row in _keys(stage_module(kind).Config) if row[0] not in own]
+    section = stage_module(kind).Config
+    rows = [row for row in _keys(section, values=_defaults(section, kind)) if row[0] not in own]
     _console().print(titled_table(f"Settings of {kind}", ("key", "default", "meaning"), rows))
 
 
-def _keys(section: Any, prefix: str = "") -> list[tuple[str, str, str]]:
-    """Return key, default and meaning of every setting, those inside sections as dotted keys."""
+def _defaults(section: Any, kind: str) -> Any:
+    """Return a stage's settings as its kind leaves them (a kind may change defaults, as dpo does), None if unknown."""
+    from pydantic import ValidationError
+
+    required: dict[str, Any] = {key: {} for key, info in section.model_fields.items() if info.is_required()}
+    try:
+        return section.model_validate({**required, "kind": kind, "name": kind})
+    except ValidationError:  # more than names of data is required: the defaults of the class must do
+        return None
+
+
+def _keys(section: Any, prefix: str = "", values: Any = None) -> list[tuple[str, str, str]]:
+    """Return key, default and meaning of every setting, those inside sections as dotted keys.
+
+    Args:
+        values: what holds by default, where that is not the class's own: a stage may have its own for a shared section.
+    """
     from pydantic_core import PydanticUndefined
 
     rows = []
     for key, info in section.model_fields.items():
-        default = info.default
+        default = info.default if values is None or info.is_required() else getattr(values, key)
         if hasattr(default, "model_fields") and not isinstance(default, type):
-            rows += _keys(type(default), f"{prefix}{key}.")
+            rows += _keys(type(default), f"{prefix}{key}.", default)
             continue
         shown = "required" if default is PydanticUndefined and info.default_factory is None else default
         shown = "" if shown is None or shown is PydanticUndefined else str(shown)

@@ -216,6 +216,7 @@ class _Play:
 
     environment: Environment
     messages: list[Message]
+    variables: Mapping[str, Any]
     results: list[StepResult] = field(default_factory=list)
 
 
@@ -249,7 +250,7 @@ def collect(
         seed: of the games and of the sampling.
         share: (place, processes) where `tasks` are every so manieth of a list, from that place on: they are played as
             one process would play them in the whole list.
-        template_kwargs: variables of the chat template (enable_thinking, ...).
+        template_kwargs: variables of the chat template (enable_thinking, ...); a task may bring others (tools).
 
     Returns:
         tasks x G rollouts; those of task i have `group` i and stand at i * G ... i * G + G - 1.
@@ -266,9 +267,11 @@ def collect(
     for task, game_seed in zip(tasks, game_seeds, strict=True):
         for _ in range(group_size):
             environment = make_environment()
-            plays.append(_Play(environment, list(environment.reset(task, game_seed).messages)))
-    frames = _Frames(tokenizer, variables)
-    prompts = [frames.prompt(play.messages) for play in plays]
+            first = list(environment.reset(task, game_seed).messages)
+            own = getattr(task, "template_kwargs", None) or {}
+            plays.append(_Play(environment, first, {**own, **variables}))
+    frames = _Frames(tokenizer)
+    prompts = [frames.prompt(play.messages, play.variables) for play in plays]
 
     def respond(turns: list[tuple[int, Completion]]) -> list[list[int] | None]:
         stopped = [(index, turn) for index, turn in turns if turn.finish_reason == "stop"]
@@ -280,7 +283,9 @@ def collect(
             play.results.append(result)
             play.messages += [{"role": "assistant", "content": text}, *result.observation.messages]
             goes_on = not result.done and len(play.results) < max_turns
-            answers[index] = frames.answer(turn, result.observation.messages) if goes_on else None
+            answers[index] = (
+                frames.answer(turn, result.observation.messages, play.variables) if goes_on else None
+            )
         returned = [answers.get(index) for index, _ in turns]
         bar.advance(returned.count(None))
         return returned
@@ -335,32 +340,34 @@ def _rollout(
 class _Frames:
     """The chat template around prompts and answers, as tokens; equal texts are put in once."""
 
-    def __init__(self, tokenizer: Tokenizer, variables: dict[str, Any]) -> None:
-        self._tokenizer, self._variables = tokenizer, variables
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._prompts: dict[str, list[int]] = {}
         self._answers: dict[str, list[int]] = {}
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[int]:
         """Return the tokens of a conversation up to the policy's first one."""
-        key = repr(messages)
+        key = repr((messages, variables))
         if key not in self._prompts:
-            self._prompts[key] = self._tokenizer.encode_prompt(messages, **self._variables)
+            self._prompts[key] = self._tokenizer.encode_prompt(messages, **variables)
         return self._prompts[key]
 
-    def answer(self, turn: Completion, messages: Sequence[Message]) -> list[int]:
+    def answer(
+        self, turn: Completion, messages: Sequence[Message], variables: Mapping[str, Any]
+    ) -> list[int]:
         """Return what stands between a turn of the policy and its next one."""
-        key = repr(messages)
+        key = repr((messages, variables))
         if key not in self._answers:
-            self._answers[key] = self._between(messages)
+            self._answers[key] = self._between(messages, variables)
         end = self._tokenizer.end_of_turn_id
         closing = [] if turn.token_ids[-1] == end else [end]  # it stopped by another token
         return closing + self._answers[key]
 
-    def _between(self, messages: Sequence[Message]) -> list[int]:
+    def _between(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> list[int]:
         """Find, in a short conversation that goes on with `messages`, what follows the assistant's end token."""
         start: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        whole = self._tokenizer.encode_prompt([*start, *messages], **self._variables)
-        token_ids, written = self._tokenizer.encode_conversation([*start, *messages], **self._variables)
+        whole = self._tokenizer.encode_prompt([*start, *messages], **variables)
+        token_ids, written = self._tokenizer.encode_conversation([*start, *messages], **variables)
         last = max(position for position, mine in enumerate(written) if mine)
         while last >= 0 and token_ids[last] != self._tokenizer.end_of_turn_id:
             last -= 1

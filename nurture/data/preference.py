@@ -25,6 +25,9 @@ from nurture.errors import NurtureError
 from nurture.tokenizer import Tokenizer
 from nurture.types import IGNORE_INDEX, Message
 
+CUT = "answers cut to answer_tokens"
+"""Rows of which an answer is longer: it loses its end token, and with it what teaches to stop."""
+
 
 @dataclass(frozen=True)
 class Preference(Comparison):
@@ -62,7 +65,7 @@ def tokenise_preferences(
     Args:
         answer_tokens: prompt and answer together are cut off after so many tokens.
         row_tokens: where all answers to a prompt do not fit into so many, the best and the worst stand for them.
-        lost: counts what is left out, by reason.
+        lost: counts what is left out, by reason, and the rows of which an answer was cut off.
 
     Raises:
         NurtureError: no row has a ranking.
@@ -82,10 +85,11 @@ def tokenise_preferences(
             lost["prompt leaves no room"] += 1
             continue
         ranking = row.ranking
-        if sum(len(token_ids) for token_ids, _ in encoded) > row_tokens:
+        if sum(min(len(token_ids), answer_tokens) for token_ids, _ in encoded) > row_tokens:
             lost["reduced to best and worst"] += len(encoded) > 2
             encoded, ranking = [encoded[ranking[0][0]], encoded[ranking[-1][0]]], ((0,), (1,))
-        token_ids, masks = zip(*encoded, strict=True)
+        lost[CUT] += max(len(answer) for answer, _ in encoded) > answer_tokens
+        token_ids, masks = zip(*_cut(encoded, answer_tokens), strict=True)
         yield Preference(token_ids, 0, ranking, source=source, masks=masks)
     if not ranked:
         raise NurtureError(
@@ -124,7 +128,8 @@ def tokenise_judged(
         if encoded is None:
             lost["prompt leaves no room"] += 1
             continue
-        token_ids, masks = zip(*encoded, strict=True)
+        lost[CUT] += len(encoded[0][0]) > answer_tokens
+        token_ids, masks = zip(*_cut(encoded, answer_tokens), strict=True)
         yield Preference(token_ids, 0, ((0,), (1,)) if good else ((1,), (0,)), source=source, masks=masks)
     if not examples:
         raise NurtureError(
@@ -135,7 +140,7 @@ def tokenise_judged(
 def _encode_answers(
     row: Row, replies: Sequence[Sequence[Message]], tokenizer: Tokenizer, answer_tokens: int, where: str
 ) -> list[tuple[list[int], list[bool]]] | None:
-    """Return (token ids, mask of the completion) of each reply, None if one has no room for its completion."""
+    """Return (token ids, mask of the completion) of each reply, uncut; None if one has no room for its completion."""
     assert row.prompt is not None
     prompt = tokenizer.encode_prompt(row.prompt, **row.template_kwargs)
     found = []
@@ -153,8 +158,14 @@ def _encode_answers(
         mask = [False] * start + list(mask[start:])
         if not any(mask[:answer_tokens]):
             return None
-        found.append((token_ids[:answer_tokens], mask[:answer_tokens]))
+        found.append((token_ids, mask))
     return found
+
+
+def _cut(
+    encoded: list[tuple[list[int], list[bool]]], answer_tokens: int
+) -> list[tuple[list[int], list[bool]]]:
+    return [(token_ids[:answer_tokens], mask[:answer_tokens]) for token_ids, mask in encoded]
 
 
 class PreferenceBatches(ComparisonBatches):

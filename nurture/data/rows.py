@@ -316,6 +316,10 @@ def _preference(reader: _Reader) -> list[Row]:
         replies = [reader.turns("chosen", "assistant"), reader.turns("rejected", "assistant")]
         if reader.has("prompt|question|instruction|input"):
             prompt = reader.with_system(_prompt(reader))
+            if all(
+                _repeats(reply, prompt) for reply in replies
+            ):  # with what was said before it, a system message say
+                prompt, replies = _split_common(reader, *map(reader.with_system, replies))
             replies = [_without_prompt(reply, prompt) for reply in replies]
         else:
             prompt, replies = _split_common(reader, *replies)
@@ -389,6 +393,13 @@ def _split_common(
             " the same turns"
         )
     return first[:shared], [first[shared:], second[shared:]]
+
+
+def _repeats(reply: list[Message], prompt: list[Message]) -> bool:
+    """Return whether a whole conversation was given as a reply, one that says more than the prompt before it."""
+    asked = [turn for turn in prompt if turn["role"] != "system"]
+    places = [place for place, turn in enumerate(reply[:-1]) if asked and turn == asked[-1]]
+    return reply[0]["role"] != "assistant" and bool(places) and places[-1] + 1 > len(prompt)
 
 
 def _without_prompt(reply: list[Message], prompt: list[Message]) -> list[Message]:

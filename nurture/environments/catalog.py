@@ -1,7 +1,8 @@
 """Which environments there are, by name: what a recipe's `environment` and the command line's `--env` may say.
 
 `auto` looks at each task: tests make it a programming problem, the world's `wordle` a game, any other answer a problem.
-One run can so mix them. To add a game: write `reset` and `step` (protocol.py), and give it a name in `MAKERS`.
+One run can so mix them. To add a game: write `reset` and `step` (protocol.py), and name it as `module:Game` (own.py);
+a name in `MAKERS` makes it one of the house's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar, cast
 
+from nurture.environments.own import own_environment
 from nurture.environments.protocol import Environment, Observation, StepResult, step_all
 from nurture.environments.wordle import Wordle, WordleConfig
 from nurture.errors import NurtureError, did_you_mean
@@ -31,22 +33,30 @@ _MOST_TASKS = 500
 """Tasks taken from a source without end."""
 
 
+def name_of(spec: str) -> str:
+    """Return what measures call an environment: its name, `openenv` for any server, NAME of `module:NAME`."""
+    return spec.partition(":")[0] if spec.startswith(REMOTE) else spec.rpartition(":")[2]
+
+
 def environment_maker(spec: str = "auto", options: Mapping[str, Any] | None = None) -> Make:
     """Return a function that makes one environment a call.
 
     Args:
-        spec: `auto`, `wordle`, `math`, `code`, or `openenv:URL` for a game on an OpenEnv server.
+        spec: `auto`, `wordle`, `math`, `code`, `openenv:URL` for a game on an OpenEnv server, or `module:NAME` for a
+            class or a reward function of one's own.
         options: settings of the environment; with `auto` by the name of each (`{"wordle": {...}}`).
 
     Raises:
         NurtureError: there is no such environment, or it has no such setting.
     """
-    if spec not in MAKERS and not spec.startswith(REMOTE):
-        hint = did_you_mean(spec, MAKERS) or f" There are {', '.join(MAKERS)} and openenv:URL."
+    if spec not in MAKERS and ":" not in spec:
+        hint = did_you_mean(spec, MAKERS) or f" There are {', '.join(MAKERS)}, openenv:URL and module:NAME."
         raise NurtureError(f"there is no environment '{spec}'.{hint}")
     try:
         if spec.startswith(REMOTE):
             return _openenv(spec.removeprefix(REMOTE), dict(options or {}))
+        if ":" in spec:
+            return own_environment(spec, dict(options or {}))
         return MAKERS[spec](dict(options or {}))
     except TypeError as error:
         raise NurtureError(f"environment '{spec}': {error}") from error
@@ -74,7 +84,7 @@ def kind_of(task: Any) -> str:
 def tasks_for(name: str, options: Mapping[str, Any], data: str | None, split: str) -> list[Any]:
     """Return tasks to play where nobody brings any: rows of `data`, by default the world's.
 
-    Wordle with lists of its own, and games on a server, need none: the list is empty and the seed decides.
+    Wordle with lists of its own, and games on a server or of one's own, need none: the list is empty, the seed decides.
 
     Raises:
         NurtureError: the split is unknown, the data is missing, or it holds nothing of this kind.
@@ -83,7 +93,7 @@ def tasks_for(name: str, options: Mapping[str, Any], data: str | None, split: st
 
     if split not in ("train", "heldout", "all"):
         raise NurtureError(f"--split {split}: should be train, heldout or all.")
-    if data is None and (name.startswith(REMOTE) or options.get("answers")):
+    if data is None and (":" in name or options.get("answers")):
         return []
     spec = data or _WORLD_TASKS.get(name, "world:tasks")
     count = _MOST_TASKS if is_endless(spec) else None
@@ -96,7 +106,7 @@ def tasks_for(name: str, options: Mapping[str, Any], data: str | None, split: st
 
 def _plays(name: str, row: Any) -> bool:
     try:
-        return name in ("auto", kind_of(row))
+        return ":" in name or name in ("auto", kind_of(row))
     except NurtureError:
         return False
 

@@ -20,10 +20,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
 from nurture.recipe import Section
@@ -33,6 +33,10 @@ LossType = Literal[
 ]
 KLEstimator = Literal["k1", "k2", "k3"]
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+KL_IN_REWARD = ("rloo", "reinforce++")
+"""Losses whose papers take the KL from the reward; the others add it to the loss."""
 
 
 class PolicyLossConfig(Section):
@@ -60,13 +64,20 @@ class PolicyLossConfig(Section):
     kl_coefficient: NonNegativeFloat = 0.0
     """Weight of the KL to the reference in the loss; 0 needs no reference."""
     kl_estimator: KLEstimator = "k3"
-    """Estimator of that KL: k1 has no useful gradient here, k2 and k3 have."""
+    """Estimator of that KL: in a loss k1 has no useful gradient, k2 and k3 have; rloo and reinforce++ take the KL from
+    the reward, where only k1 has the KL's gradient (their default)."""
     kl_importance: bool = False
     """Multiply that KL by the importance ratio, which makes its gradient unbiased off-policy."""
     entropy_coefficient: NonNegativeFloat = 0.0
     """Reward in the loss for a nat of entropy a token."""
     off_policy_limit: PositiveFloat | None = None
     """Drop rollouts with negative advantage whose mean KL from the sampling policy exceeds this (DeepSeek-V3.2)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _estimator_by_place(cls, data: Any) -> Any:
+        in_reward = isinstance(data, dict) and data.get("loss_type") in KL_IN_REWARD
+        return {"kl_estimator": "k1", **data} if in_reward else data
 
     @property
     def level(self) -> Literal["token", "sequence"]:

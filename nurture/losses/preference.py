@@ -171,7 +171,8 @@ class PreferenceLoss:
         with torch.no_grad():
             own_logprobs = logprobs.gather(1, own)
             better, worse = batch.weights * desirable, batch.weights * ~desirable
-            right = torch.where(desirable, value > reference_point, value < reference_point).float()
+            gain = torch.where(desirable, value - reference_point, reference_point - value)
+            right = (gain > 0).float() + 0.5 * (gain == 0)
             metrics = {
                 "loss": _weighted(losses, batch.weights),
                 "label_accuracy": _weighted(right, batch.weights),

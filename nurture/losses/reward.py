@@ -44,18 +44,23 @@ def bradley_terry(difference: Tensor, threshold: float = 0.0) -> tuple[Tensor, T
 
 
 def rao_kupper(difference: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return (log P(i > j), log P(i = j)), each of the shape of `difference` (log odds); `threshold` is alpha > 0."""
+    """Return (log P(i > j), log P(i = j)), each of the shape of `difference` (log odds); `threshold` is alpha >= 0."""
     win, loss = logsigmoid(difference - threshold), logsigmoid(-difference - threshold)
     # s(d + a) - s(d - a) = (e^2a - 1) s(d - a) s(-d - a), which does not cancel.
-    return win, math.log(math.expm1(2 * threshold)) + win + loss
+    return win, _log_expm1(2 * threshold) + win + loss
 
 
 def davidson(difference: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """Return (log P(i > j), log P(i = j)), each of the shape of `difference` (log odds); 2 nu = e^threshold - 1."""
     half = difference / 2
-    tie = torch.full_like(half, math.log(math.expm1(threshold)))
+    tie = torch.full_like(half, _log_expm1(threshold))
     normaliser = torch.stack((half, -half, tie)).logsumexp(0)
     return half - normaliser, tie - normaliser
+
+
+def _log_expm1(threshold: float) -> float:
+    """Return log(e^threshold - 1), -inf at 0: labels without a tie are fitted by it, and ties are then impossible."""
+    return math.log(math.expm1(threshold)) if threshold > 0 else -math.inf
 
 
 TIE_MODELS: dict[TieModel, LogProbabilities] = {

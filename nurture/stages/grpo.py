@@ -42,12 +42,12 @@ from nurture.advantages import (
     spread,
     zero_variance_groups,
 )
-from nurture.environments.catalog import REMOTE, Make, environment_maker, kind_of
+from nurture.environments.catalog import Make, environment_maker, kind_of, name_of
 from nurture.environments.wordle import Wordle, WordleConfig
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, mean, rate
 from nurture.evals.wordle import wordle_card
-from nurture.losses.policy import KL_ESTIMATORS, PolicyLossConfig, row_count
+from nurture.losses.policy import KL_ESTIMATORS, KL_IN_REWARD, PolicyLossConfig, row_count
 from nurture.model.transformer import Transformer
 from nurture.rollout import Rollout, RolloutBatch, Sampler, collate
 from nurture.stages.context import StageContext
@@ -71,6 +71,7 @@ from nurture.stages.rl import (
     read_prompts,
     sampling_precision,
     seed_of,
+    share_prompts,
     summed_over,
 )
 from nurture.stages.training import (
@@ -86,9 +87,6 @@ from nurture.world.split import split_of
 
 VERSION = 1
 
-_KL_IN_REWARD = ("rloo", "reinforce++")
-"""Losses whose papers take the KL from the reward; the others add it to the loss."""
-
 
 class Config(RLConfig):
     """Settings of GRPO. Give `steps`, or `minutes`: then the held-out tasks are only measured before and after, unless
@@ -96,9 +94,11 @@ class Config(RLConfig):
 
     kind: Literal["grpo"] = "grpo"
     data: dict[str, str] = {}
-    """Source name -> rows with an answer or tests. Games that bring their own tasks (wordle, openenv:URL) need none."""
+    """Source name -> rows with an answer or tests, or what `env` judges. Games that bring their own tasks (wordle,
+    openenv:URL) need none."""
     env: str = "auto"
-    """What pays: auto (math, code or wordle, by the row), math, code, wordle, or openenv:URL."""
+    """What pays: auto (math, code or wordle, by the row), math, code, wordle, openenv:URL, module:NAME or FILE.py:NAME,
+    which is a class with reset and step or a function of a reply and its row that returns the reward."""
     environment: dict[str, Any] = {}
     """Settings of the environment, for example {reward: textarena}; with auto by the name of each."""
     heldout_env: str | None = None
@@ -127,6 +127,7 @@ def run(config: Config, context: StageContext) -> None:
     """Train `context.start` on what its environment pays and leave the policy in `context.directory`."""
     start = context.needed_start(config, "GRPO needs a model that answers")
     session = open_session(config, context, tokens=None)
+    share_prompts(config, session.execution.processes)
     make = environment_maker(config.env, config.environment)
     stream = PromptStream(tasks_of(config, context, session.tokenizer, make, "train"), session.seed)
     models = open_models(config, session, start)
@@ -201,7 +202,7 @@ def tasks_of(
             )
         return words
     env = config.env if split == "train" else config.heldout_env or config.env
-    if env.startswith(REMOTE):
+    if ":" in env:  # on a server, or of the user's own: the seed decides
         return [None] * (config.heldout_prompts if split == "heldout" else config.prompts or PROMPTS)
     raise NurtureError(f"stage '{config.name}': env '{env}' needs data: rows with an answer or tests.")
 
@@ -321,7 +322,7 @@ def credit(config: Config, session: Session, models: Models, batch: RolloutBatch
         reference_logprobs = models.reference.logprobs(batch)
         token_kl = KL_ESTIMATORS[loss.kl_estimator](extra["old_logprobs"], reference_logprobs) * mask
         sums["kl"] = (float(token_kl.sum()), float(len(batch.rewards)))
-        if loss.loss_type not in _KL_IN_REWARD:
+        if loss.loss_type not in KL_IN_REWARD:
             extra["reference_logprobs"] = reference_logprobs
     add_up = summed_over(session.execution.processes)
     extra["advantages"] = advantages(config, batch.rewards, batch.groups, token_kl, mask, add_up)
@@ -368,7 +369,7 @@ class Exam:
         self.tasks: dict[str, list[Any]] = {}
         env = config.heldout_env or config.env
         for task in tasks:
-            name = kind_of(task) if env == "auto" else env.partition(":")[0]
+            name = kind_of(task) if env == "auto" else name_of(env)
             self.tasks.setdefault(name, []).append(task)
 
     def sit(self) -> Sitting:

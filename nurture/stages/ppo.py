@@ -27,7 +27,7 @@ from statistics import fmean, stdev
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from nurture.advantages import gae, state_values, token_rewards, whiten
@@ -48,6 +48,7 @@ from nurture.losses.policy import (
     adapt_kl_coefficient,
     clipped_value_losses,
     explained_variance,
+    row_count,
 )
 from nurture.model.hugging_face import load_model
 from nurture.model.lora import adapters_off, add_adapters
@@ -81,6 +82,7 @@ from nurture.stages.rl import (
     sampling_precision,
     score_rows,
     seed_of,
+    share_prompts,
     summed_over,
     updates_per_step,
 )
@@ -159,11 +161,22 @@ class Config(RLConfig):
     best_of_n: NonNegativeInt = 16
     """Replies of the start to each of a few held-out prompts, for the curve of best-of-n beside; 0 or 1: no curve."""
 
+    @model_validator(mode="after")
+    def _check_loss(self) -> Config:
+        # The value model learns from the same rows, and its loss is a mean over tokens.
+        if row_count(self.loss.loss_type, self.max_tokens) is not None:
+            raise ValueError(
+                f"loss.loss_type is {self.loss.loss_type}, which is no mean over tokens, as PPO's is."
+                " Choose ppo, or train with kind: grpo"
+            )
+        return self
+
 
 def run(config: Config, context: StageContext) -> None:
     """Train `context.start` on the reward model's scores and leave the policy in `context.directory`."""
     start = context.needed_start(config, "PPO needs a fine-tuned model")
     session = open_session(config, context, tokens=None)
+    share_prompts(config, session.execution.processes)
     models = open_models(config, context, session, start)
     prompts = PromptStream(
         read_prompts(config, config.data, context, session.tokenizer, "train"), session.seed

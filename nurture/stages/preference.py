@@ -32,6 +32,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from nurture.data.preference import (
+    CUT,
     Preference,
     PreferenceBatch,
     PreferenceBatches,
@@ -152,6 +153,13 @@ def run(config: Config, context: StageContext) -> None:
     log.info("%s", batches.report)
     if lost:
         log.info("preferences: %s", "; ".join(f"{count} {reason}" for reason, count in lost.items() if count))
+    if lost[CUT]:
+        log.warning(
+            "%d preferences have an answer that is cut off after %d tokens, prompt included, and so never ends; raise "
+            "sequence_length or answer_tokens",
+            lost[CUT],
+            config.answer_tokens or config.sequence_length // 2,
+        )
     if heldout is not None:
         add_reference_logprobs(config, context, session, heldout, range(heldout.rows_per_epoch))
     loss_fn = PreferenceLoss(
@@ -205,7 +213,10 @@ def run(config: Config, context: StageContext) -> None:
             "epochs": batches.epochs(report.steps),
             "loss": config.loss,
             "beta": config.beta,
-            "preferences": {**vars(batches.report), "left_out": dict(lost)},
+            "preferences": {
+                **vars(batches.report),
+                "left_out": {reason: count for reason, count in lost.items() if count},
+            },
         },
     )
 

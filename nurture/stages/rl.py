@@ -114,7 +114,7 @@ class RLConfig(TrainingConfig):
     max_turns: PositiveInt = 1
     """Most turns of the policy in an episode."""
     template_kwargs: dict[str, Any] = {}
-    """Variables of the chat template, for example {enable_thinking: false}."""
+    """Variables of the chat template, for example {enable_thinking: false}; rows may bring others (tools)."""
     temperature: PositiveFloat = 1.0
     """Of the sampling; the policy that is trained is the one at this temperature."""
     rollout_precision: Literal["auto", "fp32", "bf16", "vllm"] = "auto"
@@ -136,6 +136,19 @@ class RLConfig(TrainingConfig):
     loop: RLLoopConfig = RLLoopConfig()
     execution: ExecutionConfig = ExecutionConfig(precision="fp32", compile="off")
     """Precision, compilation, memory. Rollouts differ in shape, so compiling rarely pays here."""
+
+
+def share_prompts(config: RLConfig, processes: Processes) -> None:
+    """Check that every process gets as many prompts of a step: with fewer updates than others it would wait for ever.
+
+    Raises:
+        NurtureError: they cannot be shared equally.
+    """
+    if config.prompts_per_step % processes.world_size:
+        raise NurtureError(
+            f"stage '{config.name}': prompts_per_step is {config.prompts_per_step}, which {processes.world_size} "
+            f"processes cannot share equally. Choose a multiple of {processes.world_size}."
+        )
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
@@ -189,7 +202,8 @@ def read_prompts(
         for row in context.rows(spec, split, config.heldout_every, first):
             if not row.prompt:
                 continue
-            prompt = tokenizer.encode_prompt(row.prompt, **config.template_kwargs)  # as it will be played
+            variables = {**row.template_kwargs, **config.template_kwargs}
+            prompt = tokenizer.encode_prompt(row.prompt, **variables)  # as it will be played
             if len(prompt) + config.max_tokens > config.sequence_length:
                 dropped += 1
                 if dropped > 1000 and not rows:  # an endless source none of whose prompts fits

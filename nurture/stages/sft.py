@@ -118,6 +118,14 @@ def run(config: Config, context: StageContext) -> None:
             overlong=config.overlong,
         )
     log.info("%s", packed.report)
+    if packed.report.truncated:
+        log.warning(
+            "%d of %d conversations are longer than sequence_length=%d and are cut there, some before their end token; "
+            "raise it, or leave them out with overlong=drop",
+            packed.report.truncated,
+            packed.report.conversations,
+            config.sequence_length,
+        )
     heldout = {name: list(_rows(config, context, name, "heldout")) for name in config.data}
     heldout_batches = _heldout_batches(config, context, session, tokenizer, heldout)
 
@@ -189,16 +197,19 @@ def _heldout_batches(
     heldout: dict[str, list[Row]],
 ) -> list[Batch]:
     """Pack held-out conversations and texts; there may be none of a small file, which is no reason not to train."""
-    pieces = [
-        c for name, rows in heldout.items() if rows for c in tokenise_conversations(rows, tokenizer, name)
-    ]
+    pieces: list[Conversation] = []
+    for name, rows in heldout.items():
+        if taught := [row for row in rows if row.messages]:
+            pieces += tokenise_conversations(taught, tokenizer, name)
     pieces += [c for name in config.replay for c in _pieces(config, context, tokenizer, name, "heldout")]
+    pieces = [piece for piece in pieces if any(piece.completion_mask[1 : config.sequence_length])]
     if not pieces:
         log.warning(
-            "stage '%s': no conversation was chosen to be held out (one in %d is), so nothing is measured on any. "
-            "Lower heldout_every.",
+            "stage '%s': no conversation was chosen to be held out (one in %d is) that has a reply within %d tokens, "
+            "so nothing is measured on any. Lower heldout_every.",
             config.name,
             config.heldout_every,
+            config.sequence_length,
         )
         return []
     packed = ConversationBatches(
@@ -278,11 +289,16 @@ def _card(
             card = WorldCard(card.measures | both.measures, card.samples + both.samples)
         return card
     asked = (
-        (row.messages[:-1], row.template_kwargs) for rows in heldout.values() for row in rows if row.messages
+        (row.prompt, row.template_kwargs)
+        for rows in heldout.values()
+        for row in rows
+        if row.messages and row.prompt
     )
     prompts, replies = ask_rows(
         model, tokenizer, asked, config.heldout_conversations, max_tokens=config.reply_tokens
     )
+    if not prompts:
+        return WorldCard()
     measures = {
         "stopped": rate([reply.stopped for reply in replies]),
         "format": rate([reply.stopped and bool(reply.text.strip()) for reply in replies]),

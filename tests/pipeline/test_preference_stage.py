@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from nurture.data.preference import CUT
 from nurture.errors import NurtureError
 from nurture.evals.replies import ask
 from nurture.model.config import ModelConfig
@@ -99,8 +100,7 @@ def test_every_loss_learns_a_planted_preference(start: Path, tmp_path: Path, los
     assert accuracy["low"] <= accuracy["after"] <= accuracy["high"]
     assert metrics["rejected_drift"]["before"] == pytest.approx(0, abs=1e-5)
     assert metrics["rejected_drift"]["after"] < metrics["chosen_drift"]["after"]
-    if loss != "kto":
-        assert accuracy["before"] == 0.5
+    assert accuracy["before"] == 0.5
     assert 0 <= metrics["stopped"]["after"] <= 1
     logged = [json.loads(line) for line in (tmp_path / "stage/metrics.jsonl").read_text().splitlines()]
     assert {"train/chosen_drift", "train/rejected_drift", "eval/rejected_drift"} <= set().union(*logged)
@@ -114,6 +114,19 @@ def test_with_the_likelihood_beside_it_the_model_says_the_chosen(start: Path, tm
         for folder in (start / "model", tmp_path / "stage/model")
     ]
     assert [text.startswith("Yes") for text in said] == [False, True]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_answers_that_are_cut_off_are_counted_and_told(
+    start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, loss: str
+) -> None:
+    """They lose their end token, and with it what teaches to stop."""
+    whole = train(start, tmp_path / "whole", loss=loss, steps=1)
+    assert CUT not in whole["preferences"]["left_out"]
+    assert "cut off" not in caplog.text
+    cut = train(start, tmp_path / "cut", loss=loss, steps=1, answer_tokens=28)
+    assert 0 < cut["preferences"]["left_out"][CUT] <= cut["preferences"]["comparisons"]
+    assert "cut off after 28 tokens" in caplog.text
 
 
 def test_the_reference_is_run_once_and_its_cache_is_checked(

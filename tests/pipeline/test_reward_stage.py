@@ -97,6 +97,13 @@ def test_a_planted_preference_is_learned(start: Path, tmp_path: Path, lora: dict
     assert good.mean().abs() < 0.5 * (good - bad).mean()  # demonstrations, on average, earn nothing
 
 
+def test_pairs_without_a_single_tie_need_no_model_of_ties(start: Path, tmp_path: Path) -> None:
+    """Most preference data is like this: chosen and rejected, nothing else."""
+    result = train(start, tmp_path / "stage", data={"pairs": "pairs.jsonl"}, steps=2)
+    assert result["reward_scale"]["tie_threshold"] == 0
+    assert 0 <= result["metrics"]["calibration_error"]["after"] <= 1
+
+
 def test_a_killed_stage_ends_with_the_same_weights(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

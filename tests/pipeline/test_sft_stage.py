@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,35 @@ def test_a_handful_of_conversations_is_enough(
     sft.run(settings(replay={}, heldout_every=1000), context)
     assert "no conversation was chosen to be held out" in caplog.text
     assert (context.directory / "model/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("row", [{"prompt": "word " * 300, "response": "yes"}, {"prompt": "nobody answered"}])
+def test_a_held_out_row_that_teaches_nothing_does_not_stop_the_training(
+    context: StageContext, caplog: pytest.LogCaptureFixture, row: dict
+) -> None:
+    """The only one that is held out has its reply beyond the row's end, or has none."""
+    texts = [{**row, "prompt": f"{row['prompt']}{n}"} for n in range(200)]
+    odd = next(r for r in texts if parse_row(r, "f:1").is_heldout(50))
+    rows = [
+        r
+        for r in ({"prompt": f"number {n}", "response": f"it is {n}"} for n in range(40))
+        if not parse_row(r, "f:1").is_heldout(50)
+    ]
+    (context.base / "talk.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (*rows, odd)))
+    sft.run(settings(replay={}), context)
+    assert (
+        "no conversation was chosen to be held out (one in 50 is) that has a reply within 64" in caplog.text
+    )
+
+
+def test_conversations_that_are_cut_are_told(context: StageContext, caplog: pytest.LogCaptureFixture) -> None:
+    sft.run(settings(replay={}), context)
+    assert "are cut there" not in caplog.text
+    (context.base / "talk.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"number {n}", "response": "long " * 80}) + "\n" for n in range(60))
+    )
+    sft.run(settings(replay={}), replace(context, directory=context.base))
+    assert "conversations are longer than sequence_length=64 and are cut there" in caplog.text
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

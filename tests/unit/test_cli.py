@@ -13,6 +13,7 @@ import pytest
 
 from nurture import cli
 from nurture.doctor import Finding
+from nurture.errors import NurtureError
 from nurture.stages import STAGES, stage_module
 
 pytestmark = pytest.mark.usefixtures("fake_stages")
@@ -257,6 +258,35 @@ def test_every_setting_of_every_stage_says_what_it_means(kind: str):
     assert [key for key, meaning in settings.items() if not meaning] == []
     if "lora" in settings:
         assert "lora.rank" in settings  # also what stands inside a section that may be left out
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "default"),
+    [
+        ("sft", "optimizer.learning_rate", "0.0005"),  # the stage's own default of a section it shares
+        ("grpo", "loss.clip_high", "0.28"),
+        ("ppo", "loss.loss_type", "ppo"),
+        ("dpo", "loss", "dpo"),  # the kind's
+        ("preference", "loss", "apo_zero"),
+        ("sft", "data", "required"),
+    ],
+)
+def test_keys_shows_the_defaults_that_the_stage_has(nurture: Nurture, kind: str, key: str, default: str):
+    lines = ["".join(line.split()) for line in nurture(kind, "--keys").out.splitlines()]
+    assert any(line.startswith(f"│{key}│{default}│") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("setting", "full"),
+    [
+        ("learning_rate=1e-4", "optimizer.learning_rate"),
+        ("save_every=5", "loop.save_every"),
+        ("rank=4", "lora.rank"),
+    ],
+)
+def test_a_setting_without_its_section_is_named_in_full(setting: str, full: str):
+    with pytest.raises(NurtureError, match=f"no setting '{setting.split('=')[0]}'. Did you mean '{full}'"):
+        cli.stage_recipe("sft", model="nowhere", data=["x=world:tasks"], settings=[setting])
 
 
 @pytest.mark.parametrize("kind", STAGES)

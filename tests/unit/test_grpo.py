@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from nurture.advantages import alone
 from nurture.data.rows import Row, parse_row
@@ -21,9 +23,9 @@ from nurture.inference.engine import Completion, Episode
 from nurture.losses.policy import PolicyLossConfig
 from nurture.rollout import Rollout
 from nurture.runtime import Processes
-from nurture.stages import grpo
+from nurture.stages import grpo, ppo
 from nurture.stages.context import StageContext
-from nurture.stages.rl import PromptStream, read_prompts, rollout_sums
+from nurture.stages.rl import PromptStream, Question, play_rows, read_prompts, rollout_sums, share_prompts
 from nurture.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(
@@ -319,3 +321,48 @@ def test_as_many_prompts_as_the_recipe_says(tmp_path: Path) -> None:
     assert count("train", prompts=7) == 2 * 7  # of each source, endless or not
     assert count("train", prompts=1000) == everything
     assert count("heldout", prompts=7, heldout_prompts=6) == 6
+
+
+def test_every_process_gets_as_many_prompts_or_none_starts() -> None:
+    """With fewer updates than the others a process would wait for ever."""
+    share_prompts(config(prompts_per_step=4), Processes(world_size=2))
+    with pytest.raises(NurtureError, match="prompts_per_step is 3, which 2 processes cannot share equally"):
+        share_prompts(config(prompts_per_step=3), Processes(world_size=2))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "rloo", "sapo", "luspo"])
+def test_ppo_takes_no_loss_that_is_averaged_over_rollouts(loss_type: str) -> None:
+    """Its rows are counted by tokens, so such a loss would be smaller by the length of a reply."""
+    settings = {"name": "ppo", "data": {"a": "a.jsonl"}, "reward_model": "reward"}
+    assert ppo.Config.model_validate({**settings, "loss": {"loss_type": "dapo"}}).loss.loss_type == "dapo"
+    with pytest.raises(ValidationError, match=f"loss.loss_type is {loss_type}, which is no mean over tokens"):
+        ppo.Config.model_validate({**settings, "loss": {"loss_type": loss_type}})
+
+
+def test_a_rows_own_template_variables_are_in_its_prompt() -> None:
+    """Tools of a row, say; what the stage sets goes before what the row does."""
+    tools = [{"name": "get_weather", "parameters": {}}]
+    record = {
+        "prompt": "Rain?",
+        "answer": "no",
+        "tools": tools,
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    rows = [parse_row(record, "f:1"), parse_row({"prompt": "Rain?", "answer": "no"}, "f:2")]
+    settings = config(template_kwargs={"enable_thinking": True})
+    first, second = play_rows(settings, Reciter("No.", "No."), TOKENIZER, Question, rows, seed=0)
+    assert first.prompt_ids == TOKENIZER.encode_prompt(rows[0].prompt, tools=tools, enable_thinking=True)
+    assert second.prompt_ids == TOKENIZER.encode_prompt(rows[1].prompt, enable_thinking=True)
+
+
+def test_prompts_are_as_long_as_their_template_variables_make_them(tmp_path: Path) -> None:
+    tools = [{"name": "get_weather", "description": "long " * 200}]
+    lines = [
+        {"prompt": f"Rain {i}?", "answer": "no", **({"tools": tools} if i % 2 else {})} for i in range(20)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = config(data={"rows": "rows.jsonl"}, sequence_length=500, max_tokens=400)
+    context = StageContext(tmp_path, base=tmp_path)
+    kept = read_prompts(settings, settings.data, context, TOKENIZER, "train")
+    assert kept
+    assert not any(row.template_kwargs for row in kept)

@@ -109,6 +109,18 @@ def test_preference_that_repeats_the_prompt():
     assert list(row.pairs()) == [(0, 1)]
 
 
+def test_preference_whose_replies_know_more_of_the_prompt():
+    """Zephyr's and orca's rows: the question as a string, the system message only in the conversations."""
+    system, asked = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Q"}
+    whole = [[system, asked, {"role": "assistant", "content": reply}] for reply in "AB"]
+    row = parse_row({"prompt": "Q", "chosen": whole[0], "rejected": whole[1]}, "f:1")
+    assert contents(row.prompt) == [("system", "Be kind."), ("user", "Q")]
+    assert [contents(r) for r in row.responses] == [[("assistant", "A")], [("assistant", "B")]]
+    assert contents(row.messages) == [*contents(row.prompt), ("assistant", "A")]
+    row = parse_row({"prompt": [system, asked], "chosen": whole[0][1:], "rejected": whole[1][1:]}, "f:1")
+    assert contents(row.prompt) == [("system", "Be kind."), ("user", "Q")]
+
+
 def test_preference_without_prompt():
     record = {"chosen": TURNS, "rejected": [TURNS[0], {"role": "assistant", "content": "B"}]}
     assert contents(parse_row(record, "f:1").prompt) == ASKED

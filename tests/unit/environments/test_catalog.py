@@ -153,3 +153,66 @@ def test_real_word_lists(shared_data: Path) -> None:
     assert len(counted.answers) == 2187
     secrets = {(counted.reset(None, seed), counted.secret)[1] for seed in range(50)}
     assert len(secrets) > 40
+
+
+OWN = '''
+from nurture.environments.protocol import Observation, StepResult
+
+class Echo:
+    """Say the secret."""
+    def __init__(self, secret="yes"):
+        self.secret = secret
+    def reset(self, task, seed):
+        return Observation.of("?")
+    def step(self, action):
+        return StepResult(Observation(()), float(action == self.secret), True)
+
+def short(reply, row, most=3):
+    if reply == "odd":
+        return None
+    return {"short": float(len(reply) <= most), "right": float(row.answer in reply)}
+
+constant = 1.0
+'''
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "own_rewards.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("where", ["own_rewards", "own_rewards.py"])
+def test_a_reward_of_ones_own_is_a_function_of_the_reply_and_its_row(own: Path, where: str) -> None:
+    game = environment_maker(f"{where}:short", {"most": 4})()
+    row = parse_row({"question": "6 x 7?", "answer": "42"}, "f:1")
+    assert game.reset(row, 0).text == "6 x 7?"
+    result = game.step("42")
+    assert (result.reward, result.done, result.parts) == (2.0, True, {"short": 1.0, "right": 1.0})
+    assert game.step("It is 42").reward == 1.0
+    assert game.step("odd").info == {"grader_error": True}  # it could not judge: no zero
+    with pytest.raises(NurtureError, match="needs data"):
+        game.reset(None, 0)
+
+
+def test_a_game_of_ones_own_is_made_anew_for_every_rollout(own: Path) -> None:
+    make = environment_maker("own_rewards:Echo", {"secret": "no"})
+    assert make() is not make()
+    assert make().step("no").reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("own_rewards:Ecko", {}, "has no attribute 'Ecko'. Write module:NAME"),
+        ("own_rewardz:Echo", {}, "No module named 'own_rewardz'"),
+        ("nowhere.py:Echo", {}, "No such file"),
+        ("own_rewards:constant", {}, "neither a class with reset and step nor a function"),
+        ("own_rewards:short", {"least": 1}, "unexpected keyword argument 'least'"),
+    ],
+)
+def test_what_is_wrong_with_ones_own_is_told(own: Path, spec: str, options: dict, message: str) -> None:
+    with pytest.raises(NurtureError, match=message):
+        environment_maker(spec, options)

@@ -239,3 +239,19 @@ def test_the_kl_coefficient_moves_towards_the_target() -> None:
     assert adapt_kl_coefficient(0.1, 6.0, 6.0, 256) == pytest.approx(0.1)
     assert adapt_kl_coefficient(0.1, 60.0, 6.0, 500, 10_000) == pytest.approx(0.1 * 1.01)
     assert adapt_kl_coefficient(0.1, 0.0, 6.0, 500, 10_000) == pytest.approx(0.1 * 0.99)
+
+
+@pytest.mark.parametrize("loss_type", ["rloo", "reinforce++"])
+def test_a_kl_in_the_reward_is_estimated_by_what_has_its_gradient_there(loss_type: str) -> None:
+    """REINFORCE on k1 follows the gradient of the KL; on k3 it may go against it."""
+    torch.manual_seed(0)
+    logits = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    logprobs, reference = logits.log_softmax(0), torch.randn(6, dtype=torch.float64).log_softmax(0)
+    divergence = (logprobs.exp() * (logprobs - reference)).sum()
+    (wanted,) = torch.autograd.grad(divergence, logits, retain_graph=True)
+    estimator = PolicyLossConfig(loss_type=loss_type, kl_coefficient=0.1).kl_estimator
+    paid = KL_ESTIMATORS[estimator](logprobs, reference).detach()
+    (found,) = torch.autograd.grad((logprobs.exp().detach() * paid * logprobs).sum(), logits)
+    torch.testing.assert_close(found, wanted)
+    assert PolicyLossConfig(loss_type=loss_type, kl_estimator="k3").kl_estimator == "k3"  # what is asked for
+    assert PolicyLossConfig(loss_type="grpo").kl_estimator == "k3"

@@ -174,6 +174,15 @@ def test_equal_ratios_count_half_in_accuracy() -> None:
     assert amount / count == 0.5
 
 
+def test_a_policy_that_is_its_reference_is_right_about_half_of_the_thumbs() -> None:
+    (batch, _), *_ = batches(
+        [preference([1], [2], [3]), preference([1], [6], [5], ranking=((1,), (0,)))]
+    ).in_order(1)
+    batch.reference_logprobs = sequence_logprobs(Letters(), batch).detach()
+    amount, count = PreferenceLoss("kto", 1.0)(Letters(), batch).metrics["label_accuracy"]
+    assert amount / count == 0.5
+
+
 def test_kto_reads_the_thumb_from_the_ranking_and_subtracts_the_unrelated() -> None:
     good = preference([1], [2], [3])
     bad = preference([1], [6], [5], ranking=((1,), (0,)))

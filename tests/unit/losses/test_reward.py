@@ -27,6 +27,16 @@ def test_outcomes_add_up_to_one_and_equal_answers_tie_alike(ties, difference):
     assert TIE_MODELS[ties](torch.zeros(1), 0.5)[1].exp().item() == pytest.approx(math.tanh(0.25), rel=1e-5)
 
 
+@pytest.mark.parametrize("ties", ["rao-kupper", "davidson"])
+def test_labels_without_ties_are_fitted_by_bradley_terry(ties):
+    d, tied = torch.tensor([-1.0, 0.0, 2.0]), torch.zeros(3, dtype=torch.bool)
+    alpha = fit_tie_threshold(d, tied, ties)
+    assert alpha == 0
+    win, tie = TIE_MODELS[ties](d, alpha)
+    torch.testing.assert_close(win, TIE_MODELS["drop"](d, 0.0)[0])
+    assert (tie == -math.inf).all()
+
+
 def test_fitted_threshold_recovers_the_truth():
     torch.manual_seed(0)
     d = 2 * torch.randn(20_000)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nurture.runtime import has_fast_bf16
+from nurture.runtime import has_fast_bf16, never_compiled
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -116,7 +116,7 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function)
 
 
-@torch.compiler.disable
+@never_compiled
 def _attention_by_document(
     q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tensor | None
 ) -> Tensor:
@@ -162,7 +162,7 @@ def _blocked_attention(
     return out_BKGTH.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, head_width)
 
 
-_uncompiled_attention = torch.compiler.disable(_blocked_attention)
+_uncompiled_attention = never_compiled(_blocked_attention)
 
 
 def _first_keys(document_ids: Tensor | None, columns: int) -> list[int]:

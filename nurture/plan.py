@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -593,13 +593,13 @@ def print_plan(plan: Plan, console: Any) -> None:
     stages.add_row("all", "", *_row(*(plan.total(name) for name in names)))
     console.print(stages)
     parts = list(dict.fromkeys(part for stage in plan.stages for part in stage.memory))
-    memory = table(
-        f"Memory of one device ({_bytes(plan.memory_of_device)})", "", *(s.name for s in plan.stages)
-    )
-    for part in parts:
-        memory.add_row(part, *(_bytes(stage.memory.get(part, 0)) for stage in plan.stages))
-    memory.add_row("all", *(_bytes(sum(stage.memory.values())) for stage in plan.stages))
-    console.print(memory)
+    title = f"Memory of one device ({_bytes(plan.memory_of_device)})"
+    for together in _side_by_side(plan.stages, console.width - max(map(len, parts), default=0) - 4):
+        memory = table(title, "", *(stage.name for stage in together))
+        for part in parts:
+            memory.add_row(part, *(_bytes(stage.memory.get(part, 0)) for stage in together))
+        memory.add_row("all", *(_bytes(sum(stage.memory.values())) for stage in together))
+        console.print(memory)
     for stage in plan.stages:
         if stage.sources:
             data = table(f"Data of {stage.name}", "source", "tokens", "text", "shards")
@@ -616,6 +616,19 @@ def print_plan(plan: Plan, console: Any) -> None:
     for stage in plan.stages:
         why = f" Its tokens are unknown: {stage.unknown}." if stage.unknown else ""
         console.print(f"[bold]{stage.name}[/] {escape(stage.advice + why)}", highlight=False, soft_wrap=True)
+
+
+def _side_by_side(stages: Sequence[StagePlan], width: int) -> list[list[StagePlan]]:
+    """Cut a list of stages into tables whose columns fit a terminal; a narrower one breaks its words."""
+    tables, left = list[list[StagePlan]](), 0
+    for stage in stages:
+        column = max(len(stage.name), len("1.54 GB")) + 3
+        if not tables or column > left:
+            tables.append([])
+            left = width
+        tables[-1].append(stage)
+        left -= column
+    return tables
 
 
 def _row(

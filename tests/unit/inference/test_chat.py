@@ -190,6 +190,12 @@ def test_piped_lines_and_commands(
     assert replies[0] == replies[1] != replies[2]
     assert "/temp" in printed.err
     assert "a new conversation" in printed.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("/system short\n/no_think\n/think\n"))
+    asked: list[str | None] = []
+    monkeypatch.setattr(chat_module._Terminal, "reset", lambda terminal: asked.append(terminal.system))
+    main(directory)
+    assert asked == [None, "short", "short /no_think", "short /think"]
+    monkeypatch.undo()
     for bad, message in (
         ("/rest", r"no command /rest. Did you mean '/reset'"),
         ("/temp hot", "needs a number"),

@@ -160,6 +160,11 @@ def test_missing_and_odd_paths_are_named(
     (tmp_path / "empty").mkdir()
     with pytest.raises(NurtureError, match=r"no model here. Give a stage"):
         load_chat_model(tmp_path / "empty")
+    settings = (directory / "config.json").read_text()
+    (directory / "config.json").write_text("{bad")
+    with pytest.raises(NurtureError, match=rf"^{directory}/config\.json: not valid JSON"):
+        load_chat_model(directory)
+    (directory / "config.json").write_text(settings)
     (directory / "tokenizer.json").unlink()
     with pytest.raises(NurtureError, match=r"tokenizer\.json"):
         load_chat_model(directory)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from nurture.recipe import Document, KeyPath
     from nurture.stages.recipe import Recipe
 
+SEARCHED_ROWS = 10_000
+"""Rows that `nurture show-mask` reads to find a conversation."""
 BUG_EXIT_CODE = 70
 INTERRUPTED_EXIT_CODE = 130
 
@@ -701,6 +703,16 @@ def evaluate(
     """Measure a model on the world's held-out tasks, or on files of standard sets (GSM8K, MMLU, XSTest ...)."""
     from nurture.stages.recipe import checkpoint_problem
 
+    if data and tasks:
+        raise NurtureError(
+            "--tasks chooses among the world's questions, --data brings others: give one of them."
+        )
+    of_files = {"--judge": judge, "--judge-model": judge_model, "--samples": samples > 1}
+    for option, given in (of_files | {"--trained-on": trained_on}).items():
+        if given and not data:
+            raise NurtureError(
+                f"{option} goes with --data FILE: without it the world's own questions are asked."
+            )
     if (problem := checkpoint_problem(Path(path))) and path != "smollm2":
         raise NurtureError(f"{problem.rstrip('.')}.")
     from nurture.evals import quick
@@ -748,7 +760,7 @@ def label(
     """Rank a model's answers, or write better ones. Rows go to RUN/labels, for `nurture reward` and `nurture sft`."""
     import getpass
     import secrets
-    from itertools import count
+    from itertools import chain, count
 
     from nurture.inference.chat import load_chat_model
     from nurture.studio import terminal
@@ -759,9 +771,12 @@ def label(
         raise NurtureError(
             f"{run_directory}: is a stage. Name its run, and the stage with --model {run_directory}."
         )
-    models = [load_chat_model(path) for path in model or [str(run_directory)]]
     first = secrets.randbits(31) if seed is None else seed
-    numbered = zip(count(first), terminal.draw_prompts(run_directory, prompts, first))
+    drawn = terminal.draw_prompts(run_directory, prompts, first)
+    numbered = zip(
+        count(first), chain([next(drawn)], drawn)
+    )  # one at once: it shows what is wrong with --prompts
+    models = [load_chat_model(path) for path in model or [str(run_directory)]]
     questions = (
         terminal.ask_models(
             models, prompt, count=answers, max_tokens=max_tokens, temperature=temperature, seed=number * 10
@@ -800,15 +815,16 @@ def show_mask(
 
     if problem := data_problem(data, Path.cwd()):
         raise NurtureError(f"{problem.rstrip('.')}.")
+    rows = islice(read_rows(data, base=Path.cwd()), SEARCHED_ROWS)  # the world's sources have no end
+    shown = list(islice((row for row in rows if row.messages), count))
+    if not shown:
+        searched = f"no conversation in its first {SEARCHED_ROWS:,} rows"
+        raise NurtureError(f"{data}: {searched}. Plain text is trained on as a whole.")
     loaded = Tokenizer.load(model_folder(Path(tokenizer))).for_chat()
-    conversations = (row for row in read_rows(data, base=Path.cwd()) if row.messages)
-    shown = list(islice(conversations, count))
     for row in shown:
         for part in tokenise_conversations([row], loaded):
             _console().print(mask_markup(loaded, part.token_ids, part.completion_mask))
         _console().rule()
-    if not shown:
-        raise NurtureError(f"{data}: no conversation in it. Plain text is trained on as a whole.")
 
 
 @app.command(
@@ -891,7 +907,7 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        app(prog_name="nurture")
+        _typed_command()
     except NurtureError as error:
         _fail(str(error))
         sys.exit(error.exit_code)
@@ -910,6 +926,18 @@ def _run() -> None:
             raise
         _fail(_log_bug(bug))
         sys.exit(BUG_EXIT_CODE)
+
+
+def _typed_command() -> None:
+    """Run the command. Of a reader that went away typer and rich make exit code 1: let BrokenPipeError through."""
+    try:
+        app(prog_name="nurture")
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):
+            raise end.__context__ from None
+        if not end.code:
+            sys.stdout.flush()  # while a closed pipe is still caught, not when Python ends
+        raise
 
 
 def _stopped() -> None:

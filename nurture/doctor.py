@@ -76,7 +76,9 @@ def usable_cores() -> int:
 def _cores(threads: int) -> Finding:
     cores = usable_cores()
     advice = "more threads than cores slow everything down: set OMP_NUM_THREADS" if threads > cores else ""
-    return Finding("cores", f"{cores}, torch uses {threads} threads", threads <= cores, advice)
+    return Finding(
+        "cores", f"{cores}, torch uses {threads} thread{'s' * (threads > 1)}", threads <= cores, advice
+    )
 
 
 def _memory() -> Finding:

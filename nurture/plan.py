@@ -589,11 +589,12 @@ def print_plan(plan: Plan, console: Any) -> None:
         rows.append([stage.name, f"{stage.efficiency:.0%}", *cells])
     rows.append(["all", "", *_row(*(plan.total(name) for name in names))])
     show("Stages", ("stage", "efficiency", "tokens", "operations", "time", "cost"), rows)
-    parts = dict.fromkeys(part for stage in plan.stages for part in stage.memory)
-    rows = [[part, *(_bytes(stage.memory.get(part, 0)) for stage in plan.stages)] for part in parts]
-    rows.append(["all", *(_bytes(sum(stage.memory.values())) for stage in plan.stages)])
+    parts = list(dict.fromkeys(part for stage in plan.stages for part in stage.memory))
     title = f"Memory of one device ({_bytes(plan.memory_of_device)})"
-    show(title, ("", *(stage.name for stage in plan.stages)), rows)
+    for together in _side_by_side(plan.stages, console.width - max(map(len, parts), default=0) - 4):
+        rows = [[part, *(_bytes(stage.memory.get(part, 0)) for stage in together)] for part in parts]
+        rows.append(["all", *(_bytes(sum(stage.memory.values())) for stage in together)])
+        show(title, ("", *(stage.name for stage in together)), rows)
     for stage in plan.stages:
         held = sorted(stage.sources.items(), key=lambda item: -item[1]["tokens"])
         rows = [[s, _large(h["tokens"]), _bytes(h["text_bytes"]), _bytes(h["shard_bytes"])] for s, h in held]
@@ -606,6 +607,19 @@ def print_plan(plan: Plan, console: Any) -> None:
     for stage in plan.stages:
         why = f" Its tokens are unknown: {stage.unknown}." if stage.unknown else ""
         console.print(f"[bold]{stage.name}[/] {escape(stage.advice + why)}", highlight=False, soft_wrap=True)
+
+
+def _side_by_side(stages: Sequence[StagePlan], width: int) -> list[list[StagePlan]]:
+    """Cut a list of stages into tables whose columns fit a terminal; a narrower one breaks its words."""
+    tables, left = list[list[StagePlan]](), 0
+    for stage in stages:
+        column = max(len(stage.name), len("1.54 GB")) + 3
+        if not tables or column > left:
+            tables.append([])
+            left = width
+        tables[-1].append(stage)
+        left -= column
+    return tables
 
 
 def _row(

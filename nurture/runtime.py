@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nurture.errors import NurtureError
 from nurture.files import atomic_write_text, clear_disk_errors, make_directory, whole_json_lines
 from nurture.recipe import Section
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 COMPILE_PAYS_FROM = 2e13
 """Floating-point operations of a stage from which compiling the blocks is worth its start-up (about two minutes)."""
@@ -304,6 +307,14 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def never_compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """Keep a function out of compiled blocks, as `torch.compiler.disable` does; import the compiler at its call.
+
+    The import takes as long as torch's own, and most commands never get to a model.
+    """
+    return torch._disable_dynamo(function)
 
 
 @contextmanager

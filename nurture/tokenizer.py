@@ -180,7 +180,10 @@ class Tokenizer:
                 eos_token_ids=_read_eos_ids(directory),
             )
         except NurtureError as error:
-            raise NurtureError(f"{file}: {error}") from error
+            named = str(error).startswith(
+                f"{directory}"
+            )  # another file of the checkpoint is at fault, and says so
+            raise NurtureError(str(error) if named else f"{file}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja."""

@@ -652,6 +652,9 @@ def _answered(
 
 
 def _prompt_only(reader: _Reader) -> list[Row]:
+    for half, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        if reader.get(half) is not None:  # a prompt alone would be taken, and the pair be lost without a word
+            raise NurtureError(f"{reader.where}: key '{other}' is missing, there is only '{half}'")
     turns = reader.checked(reader.with_system(reader.turns("prompt", "user")), "prompt")
     answer = reader.optional_string("answer", "ground_truth", "gold") or None
     meta = reader.metadata("prompt")

@@ -157,6 +157,8 @@ def find_files(pattern: str, base: Path = Path(".")) -> list[Path]:
     """
     path = base / Path(pattern).expanduser()
     if path.is_file():
+        if not path.stat().st_size:
+            raise NurtureError(f"{path}: this file is empty")
         return [path]
     if path.is_dir():
         found = [file for file in path.rglob("*") if file.is_file() and _kind(file) is not None]

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 _COMMANDS = {
     "/reset": "forget the conversation",
     "/system": "TEXT: give a system message (no text: none) and start over",
+    "/think": "think before answering, where a model was taught to; start over",
+    "/no_think": "answer at once, where a model was taught to; start over",
     "/temp": "X: sampling temperature, 0 = always the likeliest token",
     "/seed": "N: seed of the sampling",
     "/help": "this list",
@@ -302,13 +304,18 @@ class _Terminal:
             self.system = rest or None
             self.reset()
             self.note("(a new conversation with this system message)" if rest else "(no system message)")
+        elif name in ("/think", "/no_think"):  # the chat template reads the mode out of the system message
+            words = [word for word in (self.system or "").split(" ") if word not in ("/think", "/no_think")]
+            self.system = " ".join([*words, name]).strip()
+            self.reset()
+            self.note(f"(a new conversation, {'with' if name == '/think' else 'without'} thoughts)")
         elif name == "/temp":
             self.params = replace(self.params, temperature=_number(name, rest))
         elif name == "/seed":
             self.params, self.turn = replace(self.params, seed=int(_number(name, rest))), 0
         elif name == "/help":
             for known, meaning in _COMMANDS.items():
-                self.note(f"{known:8} {meaning}")
+                self.note(f"{known:9} {meaning}")
         else:
             raise NurtureError(f"no command {name}.{did_you_mean(name, _COMMANDS)} /help lists them")
         return True

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nurture.runtime import has_fast_bf16
+from nurture.runtime import has_fast_bf16, never_compiled
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -149,7 +149,7 @@ def _group_documents(document_ids: Tensor) -> _Groups:
     return _Groups(places, homes, longest.tolist(), counts.tolist())
 
 
-@torch.compiler.disable
+@never_compiled
 def _attention_in_groups(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tensor) -> Tensor:
     """`attention` as one fused call for all documents of like length."""
     groups = _group_documents(document_ids)

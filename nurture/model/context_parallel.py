@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nurture.errors import NurtureError
 from nurture.model.attention import attention
+from nurture.runtime import never_compiled
 from nurture.types import Batch, BatchSource, LossFunction, LossResult
 
 
@@ -117,7 +118,7 @@ class SharedRow:
         """Return the positions of the columns, (B, T)."""
         return self._position_ids
 
-    @torch.compiler.disable
+    @never_compiled
     def attend(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         """Return attention of the columns over the whole row, (B, T, N, H)."""
         row_BSKH = gather_columns(torch.cat((k_BTKH, v_BTKH), dim=2), self._sharing)

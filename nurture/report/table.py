@@ -42,13 +42,19 @@ def collect(run_directory: Path) -> dict[str, Any]:
     if not stages:
         is_run = (run_directory / "run.json").is_file()
         remedy = (
-            f"`nurture status {run_directory}` shows what is missing."
-            if is_run
-            else "It is not a run's folder."
+            f"`nurture status {run_directory}` shows what is missing." if is_run else _no_run(run_directory)
         )
         raise NurtureError(f"{run_directory}: no stage has finished here. {remedy}")
     seconds = round(sum(stage.get("seconds", 0.0) for stage in stages), 3)
     return {"run": run_directory.resolve().name, "seconds": seconds, "stages": stages}
+
+
+def _no_run(folder: Path) -> str:
+    """Say what a folder is that is not a run's, and which runs are near."""
+    if (folder.parent / "run.json").is_file():
+        return f"It is in the run {folder.parent}: report that."
+    runs = ", ".join(str(inside.parent) for inside in sorted(folder.glob("*/run.json")))
+    return f"It is not a run's folder; in it are {runs}." if runs else "It is not a run's folder."
 
 
 def finished_stages(run_directory: Path) -> list[Path]:
@@ -160,7 +166,8 @@ def _number(name: str, value: Any) -> str:
         return str(value)
     if name.split("/")[0] in RATES:
         return f"{100 * value:.1f} %"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+    whole = isinstance(value, int) or (value.is_integer() and value >= 1000)  # a mean of counts is a float
+    return f"{value:,.0f}" if whole else f"{value:.3f}"
 
 
 def _tokens(stage: dict[str, Any]) -> str:

@@ -107,7 +107,7 @@ def find_recipe(recipe: str) -> Path:
         if not Path(recipe).exists() and Path(recipe).suffix not in (".yaml", ".yml"):
             hint = did_you_mean(recipe, builtin)
             raise NurtureError(
-                f"{recipe}: there is no such recipe file, and none of nurture's own recipes is called that"
+                f"{recipe}: there is no such recipe file or run, and none of nurture's own recipes is called that"
                 f" ({', '.join(builtin)}).{hint}"
             )
         return Path(recipe)

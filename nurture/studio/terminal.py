@@ -73,9 +73,13 @@ def draw_prompts(run: Path, spec: str | None, seed: int) -> Iterator[list[Messag
     if spec is None or spec.startswith("world:"):
         world = make_world(recall_world(run / "model"))
         rows = read_rows(spec or "world:tasks", split="train", world=world, start=rng.randrange(100_000))
-        for row in rows:
-            if row.prompt:
-                yield list(row.prompt)
+        first = next(rows)
+        if not first.prompt:  # the rows of a source of the world are all alike, and have no end
+            raise NurtureError(
+                f"--prompts {spec}: these are documents, without prompts; world:tasks has some."
+            )
+        yield list(first.prompt)
+        yield from (list(row.prompt) for row in rows if row.prompt)
         return
     prompts = [list(row.prompt) for row in read_rows(spec, split="all", base=Path.cwd()) if row.prompt]
     if not prompts:

@@ -174,6 +174,14 @@ BAD = [
     (["chat", "nowhere"], 1, ["nowhere: no such model directory"]),
     (["chat", "empty"], 1, ["empty: no model here"]),
     (["eval", "base", "--tasks", "fcat"], 1, ["there is no kind of task 'fcat'", "Did you mean 'fact'?"]),
+    (["eval", "base", "--tasks", "fact", "--data", "x.jsonl"], 1, ["--data brings others: give one of them"]),
+    (["eval", "base", "--judge", "words.txt"], 1, ["--judge goes with --data FILE"]),
+    (["report", "runs/old/01-grow"], 1, ["no stage has finished here. It is in the run runs/old: report that"]),
+    (["report", "runs"], 1, ["It is not a run's folder; in it are runs/old."]),
+    (["run", "runs/nope"], 1, ["runs/nope: there is no such recipe file or run"]),
+    (["label", "base", "--prompts", "nope.jsonl"], 1, ["nope.jsonl: no such file"]),
+    (["label", "base", "--prompts", "world:web"], 1, ["these are documents, without prompts; world:tasks has some"]),
+    (["show-mask", "world:web", "--tokenizer", "base"], 1, ["no conversation in its first 10,000 rows"]),
     (["eval", "nowhere"], 1, ["nowhere: there is no such checkpoint folder"]),
     (["eval", "empty"], 1, ["empty: is not a checkpoint, there is no config.json in it"]),
     (["eval", "trial.yaml"], 1, ["trial.yaml: is a file, expected a checkpoint folder"]),
@@ -190,6 +198,8 @@ def test_bad_input_is_one_clear_message(
 ):
     (here / "syntax.yaml").write_text("name: x\nstages: [")
     (here / "empty").mkdir()
+    (here / "runs" / "old" / "01-grow").mkdir(parents=True)
+    (here / "runs" / "old" / "run.json").write_text("{}")
     result = nurture(*words)
     assert result.code == code
     message = " ".join(result.err.replace("│", " ").split())
@@ -324,7 +334,9 @@ def test_recipes_lists_and_prints(nurture: Nurture):
 
 
 def test_a_closed_pipe_is_not_an_error(tmp_path: Path):
-    command = f"{sys.executable} -m nurture recipes tiny | head -n 1"
     repository = Path(cli.__file__).parent.parent
-    done = subprocess.run(command, shell=True, cwd=repository, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+    for words in ("recipes tiny", "recipes", "world web --count 200"):  # little, by rich, much
+        command = f"set -o pipefail; {sys.executable} -m nurture {words} | true"
+        shell = ["bash", "-c", command]
+        done = subprocess.run(shell, cwd=repository, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")

@@ -193,3 +193,12 @@ def test_the_command():
     shown = CliRunner().invoke(app, ["plan", "tiny"])
     assert shown.exit_code == 0
     assert "Memory of one device" in shown.output
+
+
+def test_the_memory_of_many_stages_is_cut_into_tables_that_fit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = CliRunner().invoke(app, ["plan", "tiny"]).output
+    assert printed.count("Memory of one device") == 2
+    lines = printed.splitlines()
+    for name in ("optimizer", "activations", "KV cache", "pretrain", "wordle"):
+        assert any(name in line for line in lines if line.startswith(("│", "┃"))), name

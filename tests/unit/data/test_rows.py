@@ -241,6 +241,7 @@ def test_human_eval():
             "must be 0 .tie., 1 or 2",
         ),
         ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}, "must end with an Assistant turn"),
+        ({"prompt": "Q", "chosen": "A"}, "key 'rejected' is missing, there is only 'chosen'"),
         ({}, "no known row format"),
         ([1], "must be a JSON object, got list"),
     ],

@@ -134,6 +134,9 @@ def test_nothing_matches(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(NurtureError, match="no files in this folder"):
         texts("empty", tmp_path)
+    (tmp_path / "nothing.jsonl").touch()
+    with pytest.raises(NurtureError, match=r"nothing\.jsonl: this file is empty"):
+        texts("nothing.jsonl", tmp_path)
     with pytest.raises(NurtureError, match="source is empty"):
         texts(" , ", tmp_path)
     with pytest.raises(NurtureError, match="train, heldout or all, got 'test'"):

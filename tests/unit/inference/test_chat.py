@@ -160,6 +160,11 @@ def test_missing_and_odd_paths_are_named(
     (tmp_path / "empty").mkdir()
     with pytest.raises(NurtureError, match=r"no model here. Give a stage"):
         load_chat_model(tmp_path / "empty")
+    settings = (directory / "config.json").read_text()
+    (directory / "config.json").write_text("{bad")
+    with pytest.raises(NurtureError, match=rf"^{directory}/config\.json: not valid JSON"):
+        load_chat_model(directory)
+    (directory / "config.json").write_text(settings)
     (directory / "tokenizer.json").unlink()
     with pytest.raises(NurtureError, match=r"tokenizer\.json"):
         load_chat_model(directory)
@@ -190,6 +195,12 @@ def test_piped_lines_and_commands(
     assert replies[0] == replies[1] != replies[2]
     assert "/temp" in printed.err
     assert "a new conversation" in printed.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("/system short\n/no_think\n/think\n"))
+    asked: list[str | None] = []
+    monkeypatch.setattr(chat_module._Terminal, "reset", lambda terminal: asked.append(terminal.system))
+    main(directory)
+    assert asked == [None, "short", "short /no_think", "short /think"]
+    monkeypatch.undo()
     for bad, message in (
         ("/rest", r"no command /rest. Did you mean '/reset'"),
         ("/temp hot", "needs a number"),

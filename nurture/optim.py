@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -29,6 +29,8 @@ from nurture.runtime import has_fast_bf16
 
 class OptimizerConfig(Section):
     """Which optimizer, and its constants."""
+
+    chosen_by: ClassVar[str | None] = "kind"
 
     kind: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon on the blocks' matrices with adamw on everything else."""
@@ -52,6 +54,9 @@ class OptimizerConfig(Section):
 
 class ScheduleConfig(Section):
     """How the learning rate moves over the steps of a stage."""
+
+    chosen_by: ClassVar[str | None] = "kind"
+    same_in_other_words: ClassVar[tuple[str, ...]] = ("warmup", "warmup_steps")
 
     kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """warmup-stable-decay, cosine, linear or constant; all after the warmup."""

@@ -19,7 +19,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -34,7 +34,17 @@ KeyPath = tuple[str | int, ...]
 
 
 class Section(BaseModel):
-    """Base of every configuration section: frozen, unknown keys refused, attribute docstrings shown in help."""
+    """Base of every configuration section: frozen, unknown keys refused, attribute docstrings shown in help.
+
+    Where a section has defaults of its own for a nested one (`schedule: ScheduleConfig = ScheduleConfig(final=0.1)`), a
+    recipe that sets one key of it leaves the others as they were. Only where it chooses another kind (`chosen_by`) do
+    the others go: they were meant for the kind they came with.
+    """
+
+    chosen_by: ClassVar[str | None] = None
+    """Field that decides what the others mean."""
+    same_in_other_words: ClassVar[tuple[str, ...]] = ()
+    """Fields that say one thing in several ways: a default's way goes when a recipe says it in another."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -44,6 +54,28 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults_under_nested_sections(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        defaults = {name: info.default for name, info in cls.model_fields.items() if name in data}
+        nested = {
+            name: default._under(data[name])
+            for name, default in defaults.items()
+            if isinstance(default, Section) and isinstance(data[name], dict)
+        }
+        return {**data, **nested}
+
+    def _under(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return what is given, over what this section sets itself (not all that its class has defaults for)."""
+        chosen = self.chosen_by
+        if chosen is not None and given.get(chosen, getattr(self, chosen)) != getattr(self, chosen):
+            return given
+        said = not set(self.same_in_other_words).isdisjoint(given)
+        hidden = self.same_in_other_words if said else ()
+        return {name: getattr(self, name) for name in self.model_fields_set if name not in hidden} | given
 
     @model_validator(mode="before")
     @classmethod

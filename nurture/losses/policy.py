@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
@@ -41,6 +41,8 @@ KL_IN_REWARD = ("rloo", "reinforce++")
 
 class PolicyLossConfig(Section):
     """Which loss, and its constants."""
+
+    chosen_by: ClassVar[str | None] = "loss_type"
 
     loss_type: LossType = "dapo"
     """ppo, grpo, dr_grpo, bnpo, dapo, cispo, sapo, luspo, vespo, rloo or reinforce++: how a token's loss is formed and

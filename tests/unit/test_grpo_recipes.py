@@ -48,12 +48,12 @@ def test_the_real_model_has_prompts_that_fit(
         if not isinstance(config, grpo.Config):
             continue
         make = environment_maker(config.env, config.environment)
-        shorter: Any = config.model_copy(update={"prompts": 20})
+        shorter: Any = config.model_copy(update={"prompts": 100})
         train, heldout = (
             grpo.tasks_of(shorter, context, tokenizer, make, split)  # type: ignore[arg-type]
             for split in ("train", "heldout")
         )
-        assert len(train) > 90
+        assert len(train) > 90  # the recipe's limit and its source's few rows allow 100
         assert len(heldout) >= 10
         game = make()
         observation = game.reset(train[0], 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 
@@ -20,6 +20,7 @@ from nurture.recipe import (
     parse_minutes,
     read_document,
 )
+from nurture.stages import STAGES, stage_module
 
 
 class Optimizer(Section):
@@ -237,3 +238,55 @@ def test_files_that_are_none(tmp_path: Path):
         with pytest.raises(NurtureError) as failure:
             read_document(tmp_path / name)
         assert message in str(failure.value)
+
+
+class Rate(Section):
+    """A nested section with defaults of its own."""
+
+    chosen_by: ClassVar[str | None] = "kind"
+    same_in_other_words: ClassVar[tuple[str, ...]] = ("share", "steps")
+
+    kind: str = "plain"
+    peak: float = 1.0
+    share: float = 0.1
+    steps: int | None = None
+    final: float = 0.0
+
+
+class Stage(Section):
+    """A stage that has other defaults for it."""
+
+    rate: Rate = Rate(peak=0.5, steps=5)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({}, Rate(peak=0.5, steps=5)),
+        ({"final": 0.3}, Rate(peak=0.5, steps=5, final=0.3)),
+        ({"peak": 0.2}, Rate(peak=0.2, steps=5)),
+        ({"kind": "plain", "final": 0.3}, Rate(peak=0.5, steps=5, final=0.3)),
+        ({"kind": "other"}, Rate(kind="other")),
+        ({"share": 0.2}, Rate(peak=0.5, share=0.2)),
+    ],
+)
+def test_one_key_of_a_nested_section_leaves_the_stages_defaults_for_the_others(
+    given: dict[str, Any], meant: Rate
+) -> None:
+    assert Stage.model_validate({"rate": given}).rate == meant
+
+
+def test_every_stages_own_defaults_survive_a_single_key() -> None:
+    sections = 0
+    for kind in STAGES:
+        config = stage_module(kind).Config
+        for name, info in config.model_fields.items():
+            if not isinstance(info.default, Section):
+                continue
+            sections += 1
+            key = next(key for key in type(info.default).model_fields if key != info.default.chosen_by)
+            if key in info.default.same_in_other_words:
+                continue
+            given = config._own_defaults_under_nested_sections({name: {key: getattr(info.default, key)}})
+            assert type(info.default).model_validate(given[name]) == info.default, (kind, name)
+    assert sections > 20

@@ -119,6 +119,27 @@ def test_masks_of_every_mode_equal_transformers_token_by_token(tokenizers, varia
         assert theirs.decode(words) == "".join(f"{text}<|im_end|>" for text in trained)
 
 
+@pytest.mark.parametrize(("name", "thinks"), [("chatml", None), ("chatml_think", True), ("chatml_no_think", False)])  # fmt: skip
+def test_a_default_mode_is_saved_and_is_that_mode_in_transformers(tokenizers, tmp_path, name, thinks):
+    """Who names no mode gets the template's own; who names one gets that, whatever the template's is."""
+    ours, plain = tokenizers
+    ours.for_chat(name).save(tmp_path)
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    said = {} if thinks is None else {"enable_thinking": thinks}
+    for turns, prompt in ((TURNS, False), (TURNS[1:4], True)):
+        how = {"tokenize": False, "add_generation_prompt": prompt}
+        text = saved.apply_chat_template(turns, **how)
+        assert text == plain.apply_chat_template(turns, **how, **said)
+        assert text == Tokenizer.load(tmp_path).render(turns, add_generation_prompt=prompt)
+        assert ("Reasoning Mode: /think" in text, "Reasoning Mode: /no_think" in text) == (
+            thinks is True,
+            thinks is False,
+        )
+        for other in (True, False):
+            named = saved.apply_chat_template(turns, **how, enable_thinking=other)
+            assert named == plain.apply_chat_template(turns, **how, enable_thinking=other)
+
+
 def test_packed_labels_equal_trl(tokenizers, tmp_path):
     """Every packed document of ours has the labels that TRL's dataset preparation and collator give that row."""
     trl = pytest.importorskip("trl", reason="parity needs trl (pip install 'nurture[test]')")

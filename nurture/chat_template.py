@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import jinja2
@@ -137,6 +138,13 @@ CHATML = """\
 {%- endif -%}
 """
 
+BUILT_IN: dict[str, Literal["", "/think", "/no_think"]] = {
+    "chatml": "",
+    "chatml_think": "/think",
+    "chatml_no_think": "/no_think",
+}
+"""Names of our template -> the mode that holds where neither the system message nor `enable_thinking` says one."""
+
 _WRITTEN_BY_USERS = ("tools", "xml_tools", "python_tools", "documents", "custom_instructions")
 """Template variables whose text is guarded as messages are."""
 
@@ -153,6 +161,35 @@ def chatml_template(
     """
     template = CHATML.replace("namespace(mode='',", f"namespace(mode='{default_mode}',")
     return template.replace("<|im_start|>", start).replace("<|im_end|>", end)
+
+
+def named_template(name: str | None, base: Path) -> str | None:
+    """Return the name of a built-in template as it is, else the source of the file, relative to `base`; None of None.
+
+    Raises:
+        NurtureError: as of `read_template`.
+    """
+    return name if name is None or name in BUILT_IN else read_template(base / Path(name).expanduser())
+
+
+def read_template(file: Path) -> str:
+    """Return the source of a jinja template.
+
+    Raises:
+        NurtureError: there is no such file, or it is not jinja.
+    """
+    if not file.is_file():
+        known = [*BUILT_IN, *(path.name for path in file.parent.glob("*.jinja"))]
+        hint = did_you_mean(file.name, known) or f" Nurture's own are {', '.join(BUILT_IN)}."
+        raise NurtureError(f"{file}: there is no such chat template.{hint}")
+    try:
+        template = file.read_text(encoding="utf-8")
+        _compile(template)
+    except UnicodeDecodeError as error:
+        raise NurtureError(f"{file}: is not text in UTF-8 ({error.reason})") from error
+    except jinja2.TemplateSyntaxError as error:
+        raise NurtureError(f"{file}:{error.lineno}: {error.message}") from error
+    return template
 
 
 def split_thought(reply: str) -> tuple[str | None, str]:
@@ -307,8 +344,8 @@ def generation_spans(
         return full
     remedy = (
         "the chat template has no {% generation %} tag and the assistant's tokens cannot be found exactly without it"
-        " ({}). Add {% generation %} ... {% endgeneration %} around the assistant's content and its end token in"
-        " chat_template.jinja."
+        " ({}). Fine-tune with a template that has {% generation %} ... {% endgeneration %} around the assistant's"
+        " content and its end token: sft's setting chat_template=FILE.jinja, or chat_template=chatml for nurture's own."
     )
     spans = []
     for index, message in enumerate(messages):

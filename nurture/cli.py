@@ -800,6 +800,9 @@ def show_mask(
     ],
     tokenizer: Annotated[str, typer.Option(help="A checkpoint, or the 00-tokenizer of a run.")],
     count: Annotated[int, typer.Option(min=1, help="How many conversations.")] = 3,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Another template, as sft's chat_template: FILE.jinja or chatml.")
+    ] = None,
 ) -> None:
     """Print conversations coloured by what is trained: green tokens carry the loss, dim ones do not.
 
@@ -807,7 +810,7 @@ def show_mask(
     """
     from itertools import islice
 
-    from nurture.chat_template import mask_markup
+    from nurture.chat_template import mask_markup, named_template
     from nurture.data.packing import tokenise_conversations
     from nurture.data.sources import read_rows
     from nurture.stages.recipe import data_problem, model_folder
@@ -820,7 +823,8 @@ def show_mask(
     if not shown:
         searched = f"no conversation in its first {SEARCHED_ROWS:,} rows"
         raise NurtureError(f"{data}: {searched}. Plain text is trained on as a whole.")
-    loaded = Tokenizer.load(model_folder(Path(tokenizer))).for_chat()
+    template = named_template(chat_template, Path.cwd())
+    loaded = Tokenizer.load(model_folder(Path(tokenizer))).for_chat(template)
     for row in shown:
         for part in tokenise_conversations([row], loaded):
             _console().print(mask_markup(loaded, part.token_ids, part.completion_mask))

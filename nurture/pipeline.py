@@ -35,7 +35,7 @@ from nurture import files, stages
 from nurture.errors import NurtureError, did_you_mean
 from nurture.recipe import Document
 from nurture.stages.context import StageConfig, StageContext
-from nurture.stages.recipe import TOKENIZER, Recipe, build_recipe, data_specs, model_folder
+from nurture.stages.recipe import TOKENIZER, Recipe, build_recipe, data_specs, model_folder, template_files
 
 _INPUTS = "inputs.json"
 _RUN = "run.json"
@@ -190,7 +190,8 @@ def _inputs(step: Step, recipe: Recipe) -> dict[str, Any]:
         "kind": config.kind,
         "version": getattr(_module(config.kind), "VERSION", 1),
         # Names and starts are not here: renaming a stage changes nothing, and parents count by fingerprint.
-        "settings": _effective_settings(config),
+        "settings": _effective_settings(config)
+        | {key: files.sha256_file(file) for key, file in template_files(config, recipe.base).items()},
         "seed": recipe.seed,
         "world": recipe.world,
         "data": {

@@ -374,6 +374,6 @@ class _Frames:
         if last < 0 or whole[: last + 1] != token_ids[: last + 1]:
             raise NurtureError(
                 "the chat template rewrites an assistant's turn when the conversation goes on, so a game cannot be "
-                "played without encoding it again; train with the house's template (Tokenizer.with_chat_template())"
+                "played without encoding it again; fine-tune with nurture's template first (sft's chat_template=chatml)"
             )
         return whole[last + 1 :]

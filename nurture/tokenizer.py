@@ -204,19 +204,25 @@ class Tokenizer:
         """Return this tokenizer with another chat template; without argument our ChatML one.
 
         Where the vocabulary has no ChatML tokens, turns are closed by the tokenizer's own end token instead.
+
+        Args:
+            template: jinja source, or a name of `chat_template.BUILT_IN`.
         """
-        if template is None:
+        mode = chat.BUILT_IN.get(template or "chatml")
+        if template is None or mode is not None:
             end = TURN_END if TURN_END in self._control else self._token(self.end_of_turn_id)
-            template = chat.chatml_template(end=end)
+            template = chat.chatml_template(end=end, default_mode=mode or "")
         other = copy.copy(self)
         other.chat_template = template
         other.__dict__.pop("fingerprint", None)
         other._find_special_ids()
         return other
 
-    def for_chat(self) -> Tokenizer:
-        """Return this tokenizer if it has a chat template, else (a base model's) one with ours."""
-        return self if self.chat_template is not None else self.with_chat_template()
+    def for_chat(self, template: str | None = None) -> Tokenizer:
+        """Return this tokenizer with `template`; by default with its own, or (a base model's) with ours."""
+        if template is None and self.chat_template is not None:
+            return self
+        return self.with_chat_template(template)
 
     # ---- text -------------------------------------------------------------------------------------------------
 

@@ -153,7 +153,7 @@ def _encode_answers(
         if start < len(prompt) - 2:
             raise NurtureError(
                 f"{where}: the chat template writes the prompt differently when a reply follows, so its completion"
-                " cannot be told apart; rows like this need another template"
+                " cannot be told apart; fine-tune with another template first (sft's chat_template=FILE.jinja)"
             )
         mask = [False] * start + list(mask[start:])
         if not any(mask[:answer_tokens]):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nurture.chat_template import named_template
 from nurture.data.rows import Row
 from nurture.data.sources import HELDOUT_EVERY, Split, read_rows
 from nurture.errors import NurtureError
@@ -27,6 +28,10 @@ class StageConfig(Section):
     without_effect: ClassVar[tuple[str, ...]] = ()
     """Dotted keys of settings that cannot change the result (`loop.log_every`): changing them runs nothing again, and
     an interrupted stage still resumes."""
+
+    templates: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold a chat template: the name of a built-in one, or a .jinja file, whose content counts as a setting
+    does."""
 
     name: str
     """Name of the stage: unique in the recipe, used for its folder and in overrides (`sft.epochs=2`)."""
@@ -71,6 +76,10 @@ class StageContext:
         """Yield the rows of a source as this run sees it; arguments and errors as of `read_rows`."""
         how = {"split": split, "base": self.base, "heldout_every": heldout_every, "world": self.world}
         return read_rows(spec, **how, start=start)  # type: ignore[arg-type]
+
+    def template(self, name: str | None) -> str | None:
+        """Return what a field of `StageConfig.templates` stands for: a built-in name itself, of a file its source."""
+        return named_template(name, self.base)
 
     def needed_start(self, config: StageConfig, need: str) -> Path:
         """Return `start`.

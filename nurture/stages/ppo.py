@@ -103,7 +103,8 @@ class KLConfig(Section):
     coefficient: NonNegativeFloat = 0.05
     """Reward a nat of KL costs (InstructGPT: 0.02)."""
     estimator: KLEstimator = "k1"
-    """Per-token estimate that is charged and reported: k1 is unbiased for a whole reply, k3 is never negative."""
+    """Per-token estimate that is charged and reported: k1 is unbiased for a whole reply, and the only one that, as a
+    reward, has the KL's gradient; k3 is never negative, but what it charges may push against the KL's gradient."""
     target: PositiveFloat | None = None
     """Nats a reply to steer the coefficient towards; by default it is fixed."""
     horizon: PositiveInt = 10_000

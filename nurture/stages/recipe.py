@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from nurture import stages
+from nurture.chat_template import BUILT_IN, read_template
 from nurture.errors import NurtureError, did_you_mean
 from nurture.recipe import Document, KeyPath, Section, apply_overrides, check, read_document
 from nurture.stages.context import StageConfig
@@ -359,6 +360,11 @@ def _check_stage(
             _use_shared_sources(document, (*where, key), raw, key, top.data)
     config = check(config_class, document, where, data=raw)
     if config is not None:
+        for key, file in template_files(config, base).items():
+            try:
+                read_template(file)
+            except NurtureError as error:
+                document.complain((*where, key), str(error))
         for key, name, spec in data_specs(config):
             if problem := data_problem(spec, base, top.world if world_is_fine else None):
                 # A name from the shared table is mended in the table.
@@ -399,6 +405,16 @@ def data_specs(config: BaseModel) -> Iterator[tuple[str, str, str]]:
             for name, spec in value.items():
                 if isinstance(spec, str):
                     yield key, name, spec
+
+
+def template_files(config: StageConfig, base: Path) -> dict[str, Path]:
+    """Return field -> file of every chat template of a stage that is not a built-in one."""
+    named = {key: getattr(config, key) for key in config.templates}
+    return {
+        key: base / Path(value).expanduser()
+        for key, value in named.items()
+        if value and value not in BUILT_IN
+    }
 
 
 # Small shapes for machines without an accelerator; parameter counts with a vocabulary of 2,048.

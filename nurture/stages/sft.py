@@ -21,10 +21,11 @@ import logging
 import time
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from nurture.chat_template import BUILT_IN
 from nurture.data.packing import Conversation, ConversationBatches, tokenise_conversations
 from nurture.data.rows import Row
 from nurture.data.sources import (
@@ -35,6 +36,7 @@ from nurture.data.sources import (
     thinned,
     voice_of,
 )
+from nurture.errors import did_you_mean
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure, rate
 from nurture.evals.replies import ask_rows, samples_of
@@ -65,6 +67,8 @@ VERSION = 1
 class Config(TrainingConfig):
     """Settings of supervised fine-tuning."""
 
+    templates: ClassVar[tuple[str, ...]] = ("chat_template",)
+
     kind: Literal["sft", "reason"] = "sft"
     data: dict[str, str]
     """Source name -> where its conversations come from (files, globs, `world:tasks`, `hf:NAME`)."""
@@ -81,6 +85,11 @@ class Config(TrainingConfig):
     """Source name -> text of pretraining that is read beside the conversations, so that less of it is forgotten."""
     replay_share: float = Field(default=0.2, gt=0, lt=1)
     """Part of all tokens that is such text, where there is any."""
+    chat_template: str | None = None
+    """The chat template that is trained and saved with the model: FILE.jinja, or nurture's own: chatml, or chatml_think
+    or chatml_no_think, which say what holds where neither a row nor a user names a mode. By default the start's, and
+    chatml for a base model. Later stages (reward, preference, ppo, grpo) take their start's: another would be a format
+    that nobody trained."""
     overlong: Literal["truncate", "drop"] = "truncate"
     """What happens to conversations longer than a row."""
     heldout_conversations: PositiveInt = 100
@@ -97,6 +106,15 @@ class Config(TrainingConfig):
         check_shares(self.shares, self.data)
         return self
 
+    @field_validator("chat_template")
+    @classmethod
+    def _check_template(cls, value: str | None) -> str | None:
+        if value is None or value in BUILT_IN or value.endswith(".jinja"):
+            return value
+        raise ValueError(
+            f"should be a .jinja file or one of {', '.join(BUILT_IN)}.{did_you_mean(value, BUILT_IN)}"
+        )
+
     @model_validator(mode="before")
     @classmethod
     def _reason_by_name(cls, data: Any) -> Any:
@@ -107,7 +125,7 @@ def run(config: Config, context: StageContext) -> None:
     """Fine-tune `context.start` and leave a model that answers in `context.directory`."""
     context.needed_start(config, "fine-tuning needs a model")
     session = open_session(config, context, tokens=None)
-    tokenizer = session.tokenizer.for_chat()
+    tokenizer = session.tokenizer.for_chat(context.template(config.chat_template))
     with progress_bar("tokenise", None, show=session.is_main) as bar:
         packed = ConversationBatches(
             _counted(bar, _beside_text(config, context, tokenizer)),

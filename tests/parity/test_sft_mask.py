@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from nurture.chat_template import named_template, read_template
 from nurture.data.packing import ConversationBatches, tokenise_conversations
 from nurture.data.rows import parse_row
+from nurture.errors import NurtureError
 from nurture.losses.language import LanguageLoss
 from nurture.model.config import ModelConfig
 from nurture.model.hugging_face import save_model
@@ -115,6 +119,27 @@ def test_masks_of_every_mode_equal_transformers_token_by_token(tokenizers, varia
         assert theirs.decode(words) == "".join(f"{text}<|im_end|>" for text in trained)
 
 
+@pytest.mark.parametrize(("name", "thinks"), [("chatml", None), ("chatml_think", True), ("chatml_no_think", False)])  # fmt: skip
+def test_a_default_mode_is_saved_and_is_that_mode_in_transformers(tokenizers, tmp_path, name, thinks):
+    """Who names no mode gets the template's own; who names one gets that, whatever the template's is."""
+    ours, plain = tokenizers
+    ours.for_chat(name).save(tmp_path)
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    said = {} if thinks is None else {"enable_thinking": thinks}
+    for turns, prompt in ((TURNS, False), (TURNS[1:4], True)):
+        how = {"tokenize": False, "add_generation_prompt": prompt}
+        text = saved.apply_chat_template(turns, **how)
+        assert text == plain.apply_chat_template(turns, **how, **said)
+        assert text == Tokenizer.load(tmp_path).render(turns, add_generation_prompt=prompt)
+        assert ("Reasoning Mode: /think" in text, "Reasoning Mode: /no_think" in text) == (
+            thinks is True,
+            thinks is False,
+        )
+        for other in (True, False):
+            named = saved.apply_chat_template(turns, **how, enable_thinking=other)
+            assert named == plain.apply_chat_template(turns, **how, enable_thinking=other)
+
+
 def test_packed_labels_equal_trl(tokenizers, tmp_path):
     """Every packed document of ours has the labels that TRL's dataset preparation and collator give that row."""
     trl = pytest.importorskip("trl", reason="parity needs trl (pip install 'nurture[test]')")
@@ -212,4 +237,29 @@ def test_loss_and_gradient_equal_trls(tokenizers, tmp_path):
     torch.testing.assert_close(total, expected.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
         model.embedding.weight.grad, peer.get_input_embeddings().weight.grad, atol=1e-5, rtol=1e-3
+    )
+
+
+def test_another_template_gives_rows_of_many_turns_and_tools_the_mask_of_transformers(tokenizers):
+    """Qwen3's own template rewrites earlier turns and is refused, by the setting's name; TRL's variant of it is not."""
+    trl = pytest.importorskip("trl", reason="parity needs trl (pip install 'nurture[test]')")
+    folder = Path(trl.__file__).parent / "chat_templates"
+    if not (folder / "qwen3_training.jinja").is_file():
+        pytest.skip("this trl has no chat templates")
+    ours, theirs = tokenizers
+    variables = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
+    row = parse_row({"messages": TURNS, "chat_template_kwargs": variables}, "test")
+    qwen = ours.for_chat(read_template(folder / "qwen3.jinja"))
+    with pytest.raises(NurtureError, match=r"messages\[2\] differently.*sft's setting chat_template=FILE"):
+        list(tokenise_conversations([row], qwen))
+    changed = qwen.for_chat(named_template("qwen3_training.jinja", folder))
+    (conversation,) = tokenise_conversations([row], changed)
+    reference = theirs.apply_chat_template(
+        TURNS, chat_template=changed.chat_template, return_dict=True, return_assistant_tokens_mask=True, **variables
+    )  # fmt: skip
+    assert conversation.token_ids == reference["input_ids"]
+    assert [int(m) for m in conversation.completion_mask] == reference["assistant_masks"]
+    # And nurture's own, in the place of one that is there.
+    assert list(tokenise_conversations([row], qwen.for_chat("chatml"))) == list(
+        tokenise_conversations([row], ours)
     )

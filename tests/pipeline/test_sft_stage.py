@@ -10,14 +10,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from nurture import pipeline
 from nurture.data.packing import ConversationBatches
 from nurture.data.rows import parse_row
+from nurture.errors import NurtureError
 from nurture.inference.engine import Completion
 from nurture.model.config import ModelConfig
 from nurture.model.hugging_face import load_model
 from nurture.model.transformer import Transformer
 from nurture.stages import sft
 from nurture.stages.context import StageContext
+from nurture.stages.recipe import load_recipe
 from nurture.stages.training import save_result_model
 from nurture.tokenizer import Tokenizer
 from nurture.types import IGNORE_INDEX
@@ -69,6 +72,61 @@ def test_a_share_of_the_tokens_is_text_all_of_it_trained(context: StageContext) 
     assert whole.count("text ") > 10
     for said in tokenizer.decode([t for c in heldout for t in c.token_ids]).split("text ")[1:]:
         assert f"text {said.partition(':')[0]}:" not in whole
+
+
+SHOUTING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] | upper + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>ASSISTANT\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("written", ["talk.jinja", "chatml_no_think", None])
+def test_the_template_that_is_asked_for_is_trained_and_saved(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch, written: str | None
+) -> None:
+    (context.base / "talk.jinja").write_text(SHOUTING)
+    trained: list[Tokenizer] = []
+    beside = sft._beside_text
+    monkeypatch.setattr(sft, "_beside_text", lambda c, x, t: (trained.append(t), beside(c, x, t))[1])
+    sft.run(settings(replay={}, chat_template=written, sequence_length=192), context)
+    saved = Tokenizer.load(context.directory / "model")
+    assert saved.chat_template == trained[0].chat_template
+    begin = saved.render([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    expected = {
+        "talk.jinja": "<|im_start|>USER\nhi<|im_end|><|im_start|>ASSISTANT\n",
+        "chatml_no_think": "<|im_start|>system\n## Metadata\n\nReasoning Mode: /no_think<|im_end|>\n"
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n",
+        None: "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+    }
+    assert begin == expected[written]
+
+
+def test_a_template_counts_by_its_content_and_is_checked_before_anything_runs(context: StageContext) -> None:
+    file = context.base / "talk.jinja"
+    recipe = context.base / "recipe.yaml"
+    recipe.write_text(
+        "name: r\nstages:\n  - kind: sft\n    start: start/model\n    data: {talk: talk.jsonl}\n"
+        "    chat_template: talk.jinja\n"
+    )
+
+    def fingerprint() -> str:
+        return pipeline.plan(load_recipe(recipe), context.base / "run")[0].fingerprint
+
+    with pytest.raises(NurtureError, match=r"recipe.yaml:6.*talk.jinja: there is no such chat template"):
+        fingerprint()
+    file.write_text("{% if %}")
+    with pytest.raises(NurtureError, match=r"talk.jinja:1: "):
+        fingerprint()
+    file.write_text(SHOUTING)
+    first = fingerprint()
+    file.touch()
+    assert fingerprint() == first
+    file.write_text(SHOUTING.replace("upper", "title"))
+    assert fingerprint() != first
+    recipe.write_text(recipe.read_text().replace("talk.jinja", "chatml_thinks"))
+    with pytest.raises(NurtureError, match=r"chat_template.*chatml_think"):
+        fingerprint()
 
 
 @pytest.mark.parametrize("kind", ["sft", "reason"])

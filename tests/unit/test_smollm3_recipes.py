@@ -98,6 +98,7 @@ def test_post_training_is_as_published(recipe: Recipe) -> None:
     reason, sft, apo, merge = (stage(recipe, name) for name in ("reason", "sft", "apo", "merge"))
     assert (reason.loss_on, reason.sequence_length) == ("all", 32_768)
     assert (sft.loss_on, sft.sequence_length, len(sft.data)) == ("assistant", 65_536, 25)
+    assert sft.chat_template == "chatml_think"
     assert sum(spec.endswith("_think") and not spec.endswith("no_think") for spec in sft.data.values()) == 10
     assert sft.shares["openthoughts3-1-2m-think"] == 0.02
     for config in (reason, sft):

@@ -32,10 +32,20 @@ from typing import Any
 import yaml
 
 from nurture import files, stages
+from nurture.data.sources import DataSpec
 from nurture.errors import NurtureError, did_you_mean
 from nurture.recipe import Document
 from nurture.stages.context import StageConfig, StageContext
-from nurture.stages.recipe import TOKENIZER, Recipe, build_recipe, data_specs, model_folder, template_files
+from nurture.stages.recipe import (
+    TOKENIZER,
+    Recipe,
+    build_recipe,
+    change_specs,
+    data_specs,
+    model_folder,
+    template_files,
+    training_sources,
+)
 
 _INPUTS = "inputs.json"
 _RUN = "run.json"
@@ -170,7 +180,7 @@ def _tokenizer_step(recipe: Recipe, out: Path) -> Step:
         name: spec
         for config in recipe.stages
         if recipe.starts[config.name] is None
-        for _, name, spec in data_specs(config)
+        for name, spec in training_sources(config).items()
     }
     from nurture.stages import tokenizer
 
@@ -195,7 +205,8 @@ def _inputs(step: Step, recipe: Recipe) -> dict[str, Any]:
         "seed": recipe.seed,
         "world": recipe.world,
         "data": {
-            name: identify_data(spec, recipe.base, recipe.world) for _, name, spec in data_specs(config)
+            name: identify_data(spec, recipe.base, recipe.world)
+            for name, spec in training_sources(config).items()
         },
         "from": {
             role: parent.fingerprint if isinstance(parent, Step) else _identify_checkpoint(parent)
@@ -205,7 +216,20 @@ def _inputs(step: Step, recipe: Recipe) -> dict[str, Any]:
     }
     if step.start is None and config.kind != TOKENIZER:
         inputs["model"] = recipe.model
+    if further := _further_files(config, recipe):
+        inputs["files"] = further
     return inputs
+
+
+def _further_files(config: StageConfig, recipe: Recipe) -> dict[str, str]:
+    """Identify the files of data specs outside `sources` and `data`; what else these name is in the settings."""
+    found = {}
+    for path, spec in data_specs(config):
+        parts = spec.split(",")
+        is_file = any(not part.strip().startswith(("world:", "stage:", "hf:")) for part in parts)
+        if path[0] not in ("sources", "data") and is_file:
+            found[".".join(path)] = identify_data(spec, recipe.base, recipe.world)
+    return found
 
 
 def _effective_settings(config: StageConfig) -> dict[str, Any]:
@@ -304,8 +328,8 @@ def _difference(written: dict[str, Any] | None, step: Step) -> str:
             words.append(
                 f"{step.start.name if role == 'start' and isinstance(step.start, Step) else role} changed"
             )
-        elif key.startswith("data."):
-            words.append(f"{label} changed")
+        elif key.startswith(("data.", "files.")):
+            words.append(f"{label.removeprefix('files.')} changed")
         else:
             words.append(f"{label} {before.get(key)} -> {after.get(key)}")
     return ", ".join(words[:3]) + (f" and {len(words) - 3} more" if len(words) > 3 else "")
@@ -524,14 +548,10 @@ def _reading_stages(step: Step) -> StageConfig:
             return part
         return str(parent.directory.resolve() / (file or "rows.jsonl"))
 
-    def resolved(spec: Any) -> Any:
-        if isinstance(spec, Mapping):
-            return {name: resolved(inner) for name, inner in spec.items()}
-        return ",".join(path_of(part.strip()) for part in spec.split(",")) if isinstance(spec, str) else spec
+    def resolved(spec: str) -> DataSpec:
+        return DataSpec(",".join(path_of(part.strip()) for part in spec.split(",")))
 
-    config = step.config
-    read = {key: value for key in ("sources", "data") if (value := getattr(config, key, None)) is not None}
-    return config.model_copy(update={key: resolved(value) for key, value in read.items()})
+    return change_specs(step.config, resolved)
 
 
 def _model_of(parent: Step | Path) -> Path:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 
+from nurture.data.sources import DataSpec
 from nurture.recipe import Section
 from nurture.stages.context import StageConfig, StageContext
 
@@ -21,6 +22,11 @@ class Schedule(Section):
     """Share of the steps."""
 
 
+class Beside(Section):
+    texts: dict[str, DataSpec] = {}
+    """More sources."""
+
+
 class Config(StageConfig):
     references = ("judge",)
     without_effect = ("log_every",)
@@ -29,8 +35,11 @@ class Config(StageConfig):
     """Step size."""
     steps: int = 3
     """How many."""
-    data: dict[str, str] = {}
+    data: dict[str, DataSpec] = {}
     """Sources."""
+    beside: Beside | None = None
+    prompts: DataSpec | None = None
+    """What is asked."""
     schedule: Schedule = Schedule()
     log_every: int = 1
     """How talkative."""

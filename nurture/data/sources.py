@@ -31,7 +31,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, NewType
 
 from nurture.data.rows import Row, parse_rows
 from nurture.errors import NurtureError, did_you_mean
@@ -39,6 +39,10 @@ from nurture.types import Message
 
 if TYPE_CHECKING:
     from nurture.world import World
+
+DataSpec = NewType("DataSpec", str)
+"""A source as it is written in a recipe. A stage's setting of this type (`dict[str, DataSpec]`) is checked before
+anything runs, and the stage runs again when the files change; `StageContext.rows` takes nothing else."""
 
 Split = Literal["train", "heldout", "all"]
 

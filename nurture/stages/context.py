@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from nurture.chat_template import named_template
 from nurture.data.rows import Row
-from nurture.data.sources import HELDOUT_EVERY, Split, read_rows
+from nurture.data.sources import HELDOUT_EVERY, DataSpec, Split, read_rows
 from nurture.errors import NurtureError
 from nurture.recipe import Section
 
@@ -71,7 +71,7 @@ class StageContext:
     models: dict[str, Path] = field(default_factory=dict)
 
     def rows(
-        self, spec: str, split: Split, heldout_every: int = HELDOUT_EVERY, start: int = 0
+        self, spec: DataSpec, split: Split, heldout_every: int = HELDOUT_EVERY, start: int = 0
     ) -> Iterator[Row]:
         """Yield the rows of a source as this run sees it; arguments and errors as of `read_rows`."""
         how = {"split": split, "base": self.base, "heldout_every": heldout_every, "world": self.world}

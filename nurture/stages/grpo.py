@@ -42,6 +42,7 @@ from nurture.advantages import (
     spread,
     zero_variance_groups,
 )
+from nurture.data.sources import DataSpec
 from nurture.environments.catalog import Make, environment_maker, kind_of, name_of
 from nurture.environments.wordle import Wordle, WordleConfig
 from nurture.errors import NurtureError
@@ -93,7 +94,7 @@ class Config(RLConfig):
     `loop.evaluate_every` says otherwise."""
 
     kind: Literal["grpo"] = "grpo"
-    data: dict[str, str] = {}
+    data: dict[str, DataSpec] = {}
     """Source name -> rows with an answer or tests, or what `env` judges. Games that bring their own tasks (wordle,
     openenv:URL) need none."""
     env: str = "auto"

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from nurture.data.mixture import heldout_batches
 from nurture.data.shards import shard_source
-from nurture.data.sources import make_world
+from nurture.data.sources import DataSpec, make_world
 from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.long_context import accuracy, find_again
@@ -82,7 +82,7 @@ class Config(StageConfig):
     """Shares of the start to try; 1, the start alone, is always among them."""
     score: list[str] = ["gold_reward"]
     """Measures whose mean decides the sweep (bits per byte count as their negative)."""
-    prompts: str | None = None
+    prompts: DataSpec | None = None
     """Prompts of the world that models are measured on, such as `world:tasks`."""
     prompt_count: PositiveInt = 25
     """So many prompts of each kind."""
@@ -94,7 +94,7 @@ class Config(StageConfig):
     """Lengths in tokens at which notes of the world must be found again: `passkey/LENGTH`."""
     compare: list[str] = []
     """Earlier stages or checkpoints that are measured too, for the table."""
-    data: dict[str, str] = {}
+    data: dict[str, DataSpec] = {}
     """Sources of text to measure `bpb/SOURCE` on."""
     heldout_tokens: PositiveInt = 8192
     """Held-out tokens of each source that are measured on."""

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from nurture.advantages import gae, state_values, token_rewards, whiten
 from nurture.data.mixture import MixtureBatches, MixturePhase
 from nurture.data.rows import Row
-from nurture.data.sources import make_world
+from nurture.data.sources import DataSpec, make_world
 from nurture.errors import NurtureError
 from nurture.evals.best_of_n import best_of_n_curve
 from nurture.evals.measure import Measure, mean
@@ -114,7 +114,7 @@ class KLConfig(Section):
 class PtxConfig(Section):
     """Text that is learned beside the rewards, so that the policy forgets less."""
 
-    sources: dict[str, str]
+    sources: dict[str, DataSpec]
     """Source name -> where its text comes from, as in pretraining."""
     weights: dict[str, float] = {}
     """Share of each source; by default by size."""
@@ -132,7 +132,7 @@ class Config(RLConfig):
     references: ClassVar[tuple[str, ...]] = ("reward_model",)
 
     kind: Literal["ppo"] = "ppo"
-    data: dict[str, str]
+    data: dict[str, DataSpec]
     """Source name -> where its prompts come from."""
     reward_model: str
     """Earlier stage or checkpoint with the reward model."""

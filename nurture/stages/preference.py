@@ -40,7 +40,7 @@ from nurture.data.preference import (
     tokenise_preferences,
 )
 from nurture.data.rows import Row
-from nurture.data.sources import check_shares, is_endless, make_world, thinned
+from nurture.data.sources import DataSpec, check_shares, is_endless, make_world, thinned
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, mean, rate, wilson
 from nurture.evals.replies import Reply, ask_rows, ask_tasks, heldout_tasks, samples_of
@@ -84,7 +84,7 @@ class Config(TrainingConfig):
     references: ClassVar[tuple[str, ...]] = ("reference", "reward_model")
 
     kind: Literal["preference", "dpo"] = "preference"
-    data: dict[str, str]
+    data: dict[str, DataSpec]
     """Source name -> where its preferences come from."""
     shares: dict[str, Share] = {}
     """Part of a source's rows that is used, where it is not all of them."""
@@ -112,7 +112,7 @@ class Config(TrainingConfig):
     epochs: PositiveFloat = 1.0
     """Times every preference is seen, unless `steps` or `minutes` say otherwise."""
 
-    prompts: str | None = None
+    prompts: DataSpec | None = None
     """Held-out prompts that start and result both answer: `world:tasks`, whose truth is known, or rows; by default
     those of the held-out preferences."""
     prompt_count: PositiveInt = 25
@@ -438,7 +438,7 @@ class Exam:
         """Choose the prompts."""
         self.config, self.session = config, session
         self.samples: list[dict[str, Any]] = []
-        spec = config.prompts or ""
+        spec = config.prompts or DataSpec("")
         self.world = make_world(context.world) if spec.startswith("world:") else None
         self.tasks: list[Task] = []
         if self.world is not None:

@@ -32,7 +32,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import PositiveInt
 
 from nurture.data.decontaminate import evaluation_texts
-from nurture.data.sources import find_files, is_endless, split_spec
+from nurture.data.sources import DataSpec, find_files, is_endless, split_spec
 from nurture.errors import NurtureError
 from nurture.files import atomic_write_text, clear_disk_errors, json_lines, make_directory
 from nurture.runtime import join_processes
@@ -53,7 +53,7 @@ class Config(StageConfig):
     without_effect: ClassVar[tuple[str, ...]] = ("workers",)
 
     kind: Literal["prepare"] = "prepare"
-    data: dict[str, str]
+    data: dict[str, DataSpec]
     """Source name -> where its text comes from."""
     rules: tuple[Literal["repetition", "quality", "lines"], ...] = ("repetition", "quality", "lines")
     """Gopher's repetition and quality rules, FineWeb's rules about lines."""
@@ -65,7 +65,7 @@ class Config(StageConfig):
     """`module:function`: given a list of texts, returns a score for each."""
     threshold: float = 3.0
     """Least score that is kept."""
-    without: dict[str, str] = {}
+    without: dict[str, DataSpec] = {}
     """Evaluation sets: name -> where their rows are; documents that contain any of them are dropped."""
     duplicates: Literal["drop", "keep"] = "drop"
     """What happens to near-duplicates, over all sources; of each group one document stays."""

@@ -22,7 +22,7 @@ from pydantic import Field, PositiveInt
 from nurture.data.decontaminate import Decontaminator, evaluation_texts
 from nurture.data.mixture import MixtureBatches, MixturePhase, heldout_batches, normalised_weights
 from nurture.data.shards import NoTextError, Shard, shard_source
-from nurture.data.sources import Split, is_endless, make_world
+from nurture.data.sources import DataSpec, Split, is_endless, make_world
 from nurture.errors import NurtureError
 from nurture.evals.bits_per_byte import bits_per_byte
 from nurture.evals.measure import Measure
@@ -56,7 +56,7 @@ MOST_TOKENS_A_SECOND = 40_000
 class TextConfig(TrainingConfig):
     """Settings of every stage that reads a mixture of texts. Give `tokens`, `steps` or `minutes`."""
 
-    sources: dict[str, str]
+    sources: dict[str, DataSpec]
     """Source name -> where its text comes from (files, globs, `world:SOURCE`, `hf:NAME`)."""
     phases: list[MixturePhase] = []
     """The mixture over time; by default every source by its size, all the way."""
@@ -68,7 +68,7 @@ class TextConfig(TrainingConfig):
     """Held-out tokens of each source that bits per byte are measured on."""
     heldout_every: int = Field(default=50, ge=2)
     """One document in so many is held out, chosen by a hash of its content."""
-    decontaminate: str | None = None
+    decontaminate: DataSpec | None = None
     """Evaluation rows whose text must not be trained on: documents sharing 13 words in a row with one are left out."""
     whole_documents: bool = False
     """What the end of a row cut off is read again, whole, in the next row, where it fits."""

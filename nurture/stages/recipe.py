@@ -9,16 +9,17 @@ recipe have to run is pipeline.py's business.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel
 
 from nurture import stages
 from nurture.chat_template import BUILT_IN, read_template
+from nurture.data.sources import DataSpec
 from nurture.errors import NurtureError, did_you_mean
 from nurture.recipe import Document, KeyPath, Section, apply_overrides, check, read_document
 from nurture.stages.context import StageConfig
@@ -31,6 +32,8 @@ SCRATCH = "scratch"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+_Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 class RecipeFile(Section):
@@ -173,7 +176,7 @@ def build_recipe(
         if starts[config.name] is None:
             fresh_weights = True
             written_sources = top.stages[place].get("sources")  # wrong ones have been complained about
-            if not list(data_specs(config)) and not written_sources:
+            if not training_sources(config) and not written_sources:
                 document.complain(
                     ("stages", place),
                     "starts from fresh weights but has no text to make a tokenizer from. Give it `sources`,"
@@ -245,14 +248,14 @@ def _check_models(
             reference = _check_reference(document, ("stages", place, key), name, names, place, folder)
             if reference is not None:
                 found[name] = reference
-    for key, source, spec in data_specs(config):
+    for path, spec in data_specs(config):
         for name in stages_read(spec):
             if name in names[:place]:
                 found[name] = name
             else:
                 hint = did_you_mean(name, filter(None, names[:place])) or " Only earlier stages can be read."
                 document.complain(
-                    ("stages", place, key, source), f"'stage:{name}': no earlier stage is called that.{hint}"
+                    ("stages", place, *path), f"'stage:{name}': no earlier stage is called that.{hint}"
                 )
     return found
 
@@ -365,11 +368,11 @@ def _check_stage(
                 read_template(file)
             except NurtureError as error:
                 document.complain((*where, key), str(error))
-        for key, name, spec in data_specs(config):
+        for path, spec in data_specs(config):
             if problem := data_problem(spec, base, top.world if world_is_fine else None):
                 # A name from the shared table is mended in the table.
-                shared = name in top.data and top.data[name] == spec
-                document.complain(("data", name) if shared else (*where, key, name), problem)
+                shared = path[0] in ("sources", "data") and top.data.get(path[-1]) == spec
+                document.complain(("data", path[-1]) if shared else (*where, *path), problem)
     return config
 
 
@@ -395,16 +398,40 @@ def _use_shared_sources(
             document.complain((*where, index), f"there is no source '{name}' in the recipe's `data`.{hint}")
 
 
-def data_specs(config: BaseModel) -> Iterator[tuple[str, str, str]]:
-    """Yield (field, source name, spec) for every data source of a stage."""
-    for key in ("sources", "data"):
-        value = getattr(config, key, None)
-        if isinstance(value, str):
-            yield key, "", value
+def data_specs(config: BaseModel) -> Iterator[tuple[tuple[str, ...], DataSpec]]:
+    """Yield (path of keys, spec) for every setting of a stage whose type is `DataSpec`, those in sections too."""
+    for key, info in type(config).model_fields.items():
+        value = getattr(config, key)
+        if isinstance(value, BaseModel):
+            yield from (((key, *path), spec) for path, spec in data_specs(value))
+        elif value is None or not _is_of_specs(info.annotation):
+            continue
         elif isinstance(value, Mapping):
-            for name, spec in value.items():
-                if isinstance(spec, str):
-                    yield key, name, spec
+            yield from (((key, name), spec) for name, spec in value.items())
+        else:
+            yield (key,), value
+
+
+def training_sources(config: StageConfig) -> dict[str, DataSpec]:
+    """Return the sources a stage is about, by name: those in its `sources` or `data`."""
+    return {path[-1]: spec for path, spec in data_specs(config) if path[0] in ("sources", "data")}
+
+
+def change_specs(config: _Settings, change: Callable[[DataSpec], DataSpec]) -> _Settings:
+    """Return the settings with every data spec changed."""
+    changed: dict[str, Any] = {}
+    for key, info in type(config).model_fields.items():
+        value = getattr(config, key)
+        if isinstance(value, BaseModel):
+            changed[key] = change_specs(value, change)
+        elif value is not None and _is_of_specs(info.annotation):
+            mapping = isinstance(value, Mapping)
+            changed[key] = {n: change(s) for n, s in value.items()} if mapping else change(value)
+    return config.model_copy(update=changed)
+
+
+def _is_of_specs(annotation: Any) -> bool:
+    return annotation is DataSpec or any(map(_is_of_specs, get_args(annotation)))
 
 
 def template_files(config: StageConfig, base: Path) -> dict[str, Path]:

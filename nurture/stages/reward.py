@@ -36,7 +36,7 @@ from nurture.data.comparisons import (
 )
 from nurture.data.rankings import comparison_record, join_pairs
 from nurture.data.rows import Row, parse_ranking
-from nurture.data.sources import make_world
+from nurture.data.sources import DataSpec, make_world
 from nurture.errors import NurtureError
 from nurture.evals.best_of_n import best_of_n_curve
 from nurture.evals.measure import Measure
@@ -93,7 +93,7 @@ class Config(TrainingConfig):
     references: ClassVar[tuple[str, ...]] = ("sample_from",)
 
     kind: Literal["reward"] = "reward"
-    data: dict[str, str]
+    data: dict[str, DataSpec]
     """Source name -> ranked rows (files, globs, `hf:NAME`), or prompts to be answered and ranked (`world:tasks`)."""
     comparisons: Count = Field(default=1000, gt=0)
     """Most comparisons of each source."""

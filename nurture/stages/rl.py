@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from nurture.advantages import alone
 from nurture.checkpoint import load_state, save_state
 from nurture.data.rows import Row
-from nurture.data.sources import is_endless
+from nurture.data.sources import DataSpec, is_endless
 from nurture.environments.protocol import Environment, Observation, StepResult
 from nurture.errors import NurtureError
 from nurture.evals.overoptimisation import repetition
@@ -181,7 +181,7 @@ def shuffled(count: int, *address: int) -> Tensor:
 
 def read_prompts(
     config: RLConfig,
-    data: Mapping[str, str],
+    data: Mapping[str, DataSpec],
     context: StageContext,
     tokenizer: Tokenizer,
     split: Literal["train", "heldout"],

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +29,7 @@ from nurture.chat_template import BUILT_IN
 from nurture.data.packing import Conversation, ConversationBatches, tokenise_conversations
 from nurture.data.rows import Row
 from nurture.data.sources import (
+    DataSpec,
     check_shares,
     is_endless,
     make_world,
@@ -70,7 +71,7 @@ class Config(TrainingConfig):
     templates: ClassVar[tuple[str, ...]] = ("chat_template",)
 
     kind: Literal["sft", "reason"] = "sft"
-    data: dict[str, str]
+    data: dict[str, DataSpec]
     """Source name -> where its conversations come from (files, globs, `world:tasks`, `hf:NAME`)."""
     shares: dict[str, Share] = {}
     """Part of a source's rows that is used, where it is not all of them."""
@@ -81,7 +82,7 @@ class Config(TrainingConfig):
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens that are trained: what the assistant wrote, or questions too (as in SmolLM3's mid-training; the default of
     the kind reason)."""
-    replay: dict[str, str] = {}
+    replay: dict[str, DataSpec] = {}
     """Source name -> text of pretraining that is read beside the conversations, so that less of it is forgotten."""
     replay_share: float = Field(default=0.2, gt=0, lt=1)
     """Part of all tokens that is such text, where there is any."""
@@ -325,7 +326,7 @@ def _card(
 
 
 def world_kinds(
-    data: dict[str, str], context: StageContext, voices: tuple[str, ...] = ("tasks", "people")
+    data: Mapping[str, str], context: StageContext, voices: tuple[str, ...] = ("tasks", "people")
 ) -> tuple[str, ...]:
     """Return the task kinds of the world that the data teaches, red-team tasks aside (they are always measured).
 

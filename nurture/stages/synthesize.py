@@ -36,6 +36,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from nurture.chat_template import holds_thought, split_thought
 from nurture.data.rows import Row
+from nurture.data.sources import DataSpec
 from nurture.errors import NurtureError
 from nurture.evals.measure import Measure, rate
 from nurture.evals.replies import reply_of
@@ -68,7 +69,7 @@ class Config(StageConfig):
     kind: Literal["synthesize"] = "synthesize"
     make: Literal["traces", "no_think", "pairs"] = "traces"
     """traces (thoughts for rows without), no_think (rows without their thoughts), pairs (strong against weak)."""
-    data: dict[str, str]
+    data: dict[str, DataSpec]
     """Source name -> where the rows come from."""
     rows: Count = Field(default=1000, gt=0)
     """Most rows taken from each source."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from nurture import files
+from nurture.data.sources import DataSpec
 from nurture.stages.context import StageConfig, StageContext
 
 VERSION = 1
@@ -23,7 +24,7 @@ _CHECKED_BYTES = 200_000
 class Config(StageConfig):
     """Settings of the tokenizer step."""
 
-    sources: dict[str, str] = {}
+    sources: dict[str, DataSpec] = {}
     """Where the text comes from: name -> spec."""
     vocab_size: int = 2048
     """Number of token ids, special tokens included."""
@@ -53,7 +54,7 @@ def run(config: Config, context: StageContext) -> None:
     files.atomic_write_json(context.directory / "result.json", {"tokens": 0, "metrics": metrics})
 
 
-def _sample(spec: str, limit: int, context: StageContext) -> Iterator[str]:
+def _sample(spec: DataSpec, limit: int, context: StageContext) -> Iterator[str]:
     """Yield texts of one source until `limit` bytes."""
     return _within((row.text for row in context.rows(spec, "train") if row.text), limit)
 

@@ -65,8 +65,8 @@ def test_the_model_is_a_real_one(recipe: Recipe, head: Any) -> None:
 
 
 def test_data_are_hub_sets_by_name(recipe: Recipe) -> None:
-    specs = [spec for config in recipe.stages for _, _, spec in data_specs(config)]
-    specs += recipe.stages[2].ptx.sources.values()
+    specs = [spec for config in recipe.stages for _, spec in data_specs(config)]
+    assert set(recipe.stages[2].ptx.sources.values()) <= set(specs)
     for spec in specs:
         assert all(part.startswith("hf:") and part.count("/") == 1 for part in split_spec(spec))
 

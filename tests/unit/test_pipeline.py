@@ -104,6 +104,52 @@ def test_changed_data_runs_again(recipe_file: Path, out: Path):
     assert run(recipe_file, out) == ("grow", "polish", "branch")
 
 
+@pytest.mark.parametrize("key", ["prompts", "beside.texts.more"])
+def test_data_outside_sources_and_data_are_checked_and_count(recipe_file: Path, out: Path, key: str):
+    override = f"polish.{key}=asked.txt"
+    with pytest.raises(NurtureError, match=rf"key 'polish\.{key}': .*asked\.txt: no such file"):
+        load_recipe(recipe_file, [override])
+    asked = recipe_file.parent / "sub" / "asked.txt"
+    asked.parent.mkdir()
+    asked.write_text("a")
+    override = f"polish.{key}=sub/asked.txt"
+    run(recipe_file, out, override)
+    assert run(recipe_file, out, override) == ()
+    asked.write_text("changed")
+    steps = pipeline.plan(load_recipe(recipe_file, [override]), out)
+    assert {step.name: step.reason for step in steps}["polish"] == f"{key} changed"
+    assert run(recipe_file, out, override) == ("polish",)
+    with pytest.raises(NurtureError, match="'stage:branch': no earlier stage"):
+        load_recipe(recipe_file, [f"polish.{key}=stage:branch"])
+
+
+def test_no_stage_has_data_that_is_not_declared_so():
+    from nurture.data.sources import DataSpec
+    from nurture.stages import STAGES, stage_module
+    from nurture.stages.recipe import data_specs
+
+    sft, text, pairs = {"replay": {"b": "b.txt"}}, {"decontaminate": "b.txt"}, {"prompts": "b.txt"}
+    ppo = {"ptx": {"sources": {"b": "b.txt"}}, "reward_model": "r", "steps": 1}
+    further = {"sft": sft, "reason": sft, "pretrain": text, "extend": text, "preference": pairs, "dpo": pairs}
+    further |= {"prepare": {"without": {"b": "b.txt"}}, "ppo": ppo, "merge": {**pairs, "models": ["a"]}}
+    further["grpo"] = {"steps": 1}
+    for kind in STAGES:
+        config_class = stage_module(kind).Config
+        # A mapping of names to plain strings is data that was forgotten.
+        assert not any(info.annotation == dict[str, str] for info in config_class.model_fields.values()), kind
+        key = "sources" if "sources" in config_class.model_fields else "data"
+        config = config_class(**{"name": "x", "kind": kind, key: {"a": "a.txt"}, **further.get(kind, {})})
+        found = [spec for _, spec in data_specs(config)]
+        assert found.count(DataSpec("b.txt")) == ("b.txt" in str(further.get(kind))), kind
+
+
+def test_world_data_outside_sources_and_data_leave_a_finished_run_as_it_was(recipe_file: Path):
+    steps = pipeline.plan(
+        load_recipe(recipe_file, ["polish.prompts=world:tasks"]), recipe_file.parent / "run"
+    )
+    assert "files" not in steps[1].inputs
+
+
 def test_a_changed_checkpoint_runs_again(recipe_file: Path, out: Path, checkpoint: Path):
     run(recipe_file, out)
     (checkpoint / "model.safetensors").write_bytes(b"other weights")

@@ -162,7 +162,7 @@ def test_missing_and_odd_paths_are_named(
         load_chat_model(tmp_path / "empty")
     settings = (directory / "config.json").read_text()
     (directory / "config.json").write_text("{bad")
-    with pytest.raises(NurtureError, match=rf"^{directory}/config\.json: not valid JSON"):
+    with pytest.raises(NurtureError, match=rf"^{directory}/config\.json:1: not valid JSON"):
         load_chat_model(directory)
     (directory / "config.json").write_text(settings)
     (directory / "tokenizer.json").unlink()

@@ -92,12 +92,18 @@ class Processes:
         """Return the (sum, count) pairs added up over all processes; keys may differ between them."""
         if self.world_size == 1:
             return dict(values)
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, dict(values), group=self._rows)
         total: dict[str, tuple[float, float]] = {}
-        for part in gathered:
+        for part in self.gather(dict(values)):
             add_up(total, part)
         return total
+
+    def gather(self, value: T) -> list[T]:
+        """Return the `value` of every process with other rows, by rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self._rows)
+        return gathered
 
     def sum_number(self, value: float) -> float:
         """Return `value` added up over all processes."""

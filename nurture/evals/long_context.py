@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from nurture.evals.measure import Measure, rate
-from nurture.model.heads import lm_logits
 from nurture.model.transformer import Transformer
 from nurture.progress import tracked
-from nurture.runtime import Execution
+from nurture.runtime import Execution, eager_blocks
 from nurture.tokenizer import Tokenizer
+from nurture.types import IGNORE_INDEX
 from nurture.world import World
 from nurture.world.long import KINDS, Retrieval, RetrievalKind
 
@@ -51,6 +51,8 @@ def find_again(
 ) -> list[Cell]:
     """Ask `each` held-out probes of every kind, length and depth.
 
+    With several processes each asks its share; all must call this, and all return the same.
+
     Args:
         lengths: of a probe with its answer, in tokens, met within one sentence; `max_position` does not limit them.
     """
@@ -63,7 +65,8 @@ def find_again(
                 for depth in depths
                 for index in range(each)
             ]  # fmt: skip
-            right = _answered(model, probes, length, execution)
+            said = likeliest_answers(model, probes, execution)
+            right = [tokens == answer for tokens, (_, answer) in zip(said, probes, strict=True)]
             cells += [
                 Cell(kind, length, depth, right[i * each : (i + 1) * each]) for i, depth in enumerate(depths)
             ]
@@ -76,25 +79,54 @@ def _encoded(tokenizer: Tokenizer, probe: Retrieval) -> tuple[list[int], list[in
 
 
 @torch.no_grad()
-def _answered(
-    model: Transformer, probes: Sequence[tuple[list[int], list[int]]], length: int, execution: Execution
-) -> list[bool]:
-    device = model.embedding.weight.device
-    at_once = max(1, _TOKENS_AT_ONCE // length)
-    outcomes = []
-    for first in tracked(range(0, len(probes), at_once), f"probes of {length} tokens", stays=False):
-        part = probes[first : first + at_once]
+def likeliest_answers(
+    model: Transformer, probes: Sequence[tuple[Sequence[int], Sequence[int]]], execution: Execution
+) -> list[list[int]]:
+    """Return, for every (prompt, answer) of token ids, the likeliest token in the place of each token of the answer.
+
+    The model may be sharded: each process takes every world_size-th batch of probes, in as many forward passes as the
+    others; all must call this, and all return the same.
+    """
+    device, processes = model.embedding.weight.device, execution.processes
+    longest = max(len(prompt) + len(answer) for prompt, answer in probes)
+    at_once = max(1, _TOKENS_AT_ONCE // longest)
+    parts = [probes[first : first + at_once] for first in range(0, len(probes), at_once)]
+    said: dict[int, list[list[int]]] = {}
+    # Sharded models must be called by all processes together: those without a part left repeat one, which is dropped.
+    rounds = range(-(-len(parts) // processes.world_size))
+    for turn in tracked(rounds, f"probes of {longest} tokens", show=processes.is_main, stays=False):
+        index = turn * processes.world_size + processes.rank
+        part = parts[min(index, len(parts) - 1)]
         width = max(len(prompt) + len(answer) for prompt, answer in part) - 1
         token_ids = torch.zeros(len(part), width, dtype=torch.int64)
+        labels = torch.full_like(token_ids, IGNORE_INDEX)
         for row, (prompt, answer) in enumerate(part):  # what follows a probe in its row cannot be seen by it
-            token_ids[row, : len(prompt) + len(answer) - 1] = torch.tensor([*prompt, *answer[:-1]])
-        with execution.autocast():
-            hidden_BTD = model.hidden_states(token_ids.to(device))
-        for row, (prompt, answer) in enumerate(part):
-            places = hidden_BTD[row, len(prompt) - 1 : len(prompt) + len(answer) - 1]
-            said = lm_logits(places, model.output_weight).argmax(-1)
-            outcomes.append(said.tolist() == answer)
-    return outcomes
+            end = len(prompt) + len(answer) - 1
+            token_ids[row, :end] = torch.tensor([*prompt, *answer[:-1]])
+            labels[row, len(prompt) - 1 : end] = torch.tensor(answer)
+        with execution.autocast(), eager_blocks():
+            likeliest = model(token_ids.to(device), labels=labels.to(device), reduction="likeliest").cpu()
+        said[index] = [
+            line[asked].tolist() for line, asked in zip(likeliest, labels != IGNORE_INDEX, strict=True)
+        ]
+    known = {index: lines for share in processes.gather(said) for index, lines in share.items()}
+    return [line for index in range(len(parts)) for line in known[index]]
+
+
+def go_on(
+    model: Transformer, prompts: Sequence[Sequence[int]], tokens: int, execution: Execution
+) -> list[list[int]]:
+    """Return the likeliest `tokens` tokens after each prompt; processes share the prompts as in `likeliest_answers`.
+
+    Nothing is cached: few tokens after long prompts take little more than the probes themselves, and no copy of a
+    sharded model.
+    """
+    written = [list[int]() for _ in prompts]
+    for _ in range(tokens):
+        so_far = [([*prompt, *more], [0]) for prompt, more in zip(prompts, written, strict=True)]
+        for more, (token,) in zip(written, likeliest_answers(model, so_far, execution), strict=True):
+            more.append(token)
+    return written
 
 
 def accuracy(cells: Sequence[Cell], kind: RetrievalKind, length: int) -> Measure:

@@ -105,6 +105,20 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[T
     return total, _scatter(losses, trained, labels)
 
 
+def likeliest_tokens(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Return the likeliest token at every position with a label, which is not looked at; arguments as above.
+
+    In float32 also under autocast: rounded logits tie.
+
+    Returns:
+        (...) int64, `IGNORE_INDEX` where there is no label.
+    """
+    asked = labels != IGNORE_INDEX
+    with torch.autocast(hidden.device.type, enabled=False):
+        found = lm_logits(hidden[asked], weight).argmax(-1)
+    return torch.full_like(labels, IGNORE_INDEX).masked_scatter(asked, found)
+
+
 def _trained_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the hidden states (R, D) in the compute dtype and labels (R,) of trained positions, and their mask."""
     kind = hidden.device.type

@@ -26,6 +26,7 @@ from nurture.model.heads import (
     cross_entropy_sum,
     label_logprobs,
     label_logprobs_and_entropies,
+    likeliest_tokens,
     lm_logits,
     scalar_values,
 )
@@ -237,7 +238,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         cache: Cache | None = None,
         labels: Tensor | None = None,
-        reduction: Literal["none", "entropy", "sum"] = "none",
+        reduction: Literal["none", "entropy", "sum", "likeliest"] = "none",
         temperature: float = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run the model; with `labels`, score them here so that the head's weight is used inside `forward`.
@@ -250,7 +251,8 @@ class Transformer(nn.Module):
                 gradient, no documents: the engine's way in is `inference/decoder.py`. Or (with both) a row shared by
                 processes: `context_parallel.py`.
             labels: (B, T) `token_ids` shifted left by one, `IGNORE_INDEX` where untrained.
-            reduction: with labels: "none" for logprobs, "entropy" for entropies as well, "sum" for the summed loss.
+            reduction: with labels: "none" for logprobs, "entropy" for entropies as well, "sum" for the summed loss,
+                "likeliest" for what the model would say in their place.
             temperature: divides the logits before the softmax of the logprobs.
 
         Returns:
@@ -258,6 +260,7 @@ class Transformer(nn.Module):
             Labels, "none": logprobs of the labels (B, T) float32 nats, 0 where `IGNORE_INDEX`.
             Labels, "entropy": (these logprobs, (B, T) float32 entropies of the distributions they are from).
             Labels, "sum": (() float32 sum of -logprob with gradient, (B, T) float32 detached).
+            Labels, "likeliest": (B, T) int64 likeliest tokens, `IGNORE_INDEX` where the label is.
         """
         hidden_BTD = self.hidden_states(
             token_ids, position_ids=position_ids, document_ids=document_ids, cache=cache
@@ -272,6 +275,8 @@ class Transformer(nn.Module):
             if temperature != 1.0:
                 raise ValueError(f"reduction 'sum' has no temperature, got {temperature}")
             return by_columns(cross_entropy_sum, hidden_BTD, self.output_weight, labels)
+        if reduction == "likeliest":
+            return by_columns(likeliest_tokens, hidden_BTD, self.output_weight, labels)
         score = label_logprobs_and_entropies if reduction == "entropy" else label_logprobs
         return by_columns(score, hidden_BTD, self.output_weight, labels, temperature)
 

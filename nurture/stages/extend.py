@@ -25,9 +25,8 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from nurture.data.sources import make_world
-from nurture.evals.long_context import Cell, accuracy, draw, find_again
+from nurture.evals.long_context import Cell, accuracy, draw, find_again, go_on
 from nurture.evals.measure import Measure
-from nurture.evals.replies import ask
 from nurture.files import atomic_write_json, read_json
 from nurture.model.config import ModelConfig, YarnConfig
 from nurture.model.transformer import Transformer
@@ -40,6 +39,7 @@ from nurture.stages.pretrain import (
     read_mixture,
 )
 from nurture.stages.training import Session, open_session, remember, save_result_model, write_result
+from nurture.tokenizer import Tokenizer
 from nurture.world import World
 from nurture.world.long import KINDS
 
@@ -100,6 +100,7 @@ def run(config: Config, context: StageContext) -> None:
         set_rotation(session.model, max_position=reach, yarn=stretched)
     probes.look("after", list(dict.fromkeys([*_doubled(trained, config.sequence_length), reach])))
     after = heldout_bits() | reading.shares
+    samples = probes.samples(config.sequence_length)
     base = session.whole()
     if base is None:
         return
@@ -116,7 +117,7 @@ def run(config: Config, context: StageContext) -> None:
         tokens=reading.tokens,
         before=before,
         after=after,
-        samples=probes.samples(base, config.sequence_length),
+        samples=samples,
         notes=reading.notes | longer,
     )
 
@@ -145,6 +146,11 @@ def _doubled(first: int, last: int) -> list[int]:
     return [*lengths, last]
 
 
+def _end(reply: list[int], tokenizer: Tokenizer) -> int:
+    """Return how many tokens stand before the first that ends a document or a turn."""
+    return next((place for place, token in enumerate(reply) if token in tokenizer.stop_token_ids), len(reply))
+
+
 _SAMPLE_TOKENS = 8
 """Of what the model goes on with after a probe that is shown."""
 
@@ -167,17 +173,16 @@ class _Probes:
         if done or not self._config.probes:
             return
         session = self._session
-        model = session.model if session.execution.processes.mesh is None else session.whole()
-        if model is None:
-            return
         cells: list[Cell] = []
         for kind in KINDS:
             wanted = self._config.probes if kind == "passkey" else self._config.probes / 2
             cells += find_again(
-                model, session.tokenizer, self._world, kinds=[kind], lengths=lengths,
+                session.model, session.tokenizer, self._world, kinds=[kind], lengths=lengths,
                 each=max(1, round(wanted / 5)), execution=session.execution,
             )  # fmt: skip
         self._found[when] = cells
+        if not session.is_main:
+            return
         atomic_write_json(
             self._file, {key: [asdict(cell) for cell in found] for key, found in self._found.items()}
         )
@@ -188,8 +193,11 @@ class _Probes:
             return {}
         return {f"{kind}{suffix}/{times}": accuracy(self._found[when], kind, length) for kind in KINDS}
 
-    def samples(self, base: Transformer, length: int) -> list[dict[str, Any]]:
-        """Return one probe of each kind and what the model goes on with; of the text only its end is shown."""
+    def samples(self, length: int) -> list[dict[str, Any]]:
+        """Return one probe of each kind and what the model goes on with; of the text only its end is shown.
+
+        All processes must call it.
+        """
         tokenizer = self._session.tokenizer
 
         def size(text: str) -> int:
@@ -199,12 +207,13 @@ class _Probes:
         probes = [
             self._world.retrieval(kind, "heldout", 0, length=room, depth=0.5, size=size) for kind in KINDS
         ]
-        replies = ask(base, tokenizer, [probe.prompt for probe in probes], max_tokens=_SAMPLE_TOKENS)
+        prompts = [[tokenizer.document_token_id, *tokenizer.encode(probe.prompt)] for probe in probes]
+        replies = go_on(self._session.model, prompts, _SAMPLE_TOKENS, self._session.execution)
         return [
             {
                 "kind": probe.kind,
                 "prompt": f"… {probe.prompt[-200:]}",
-                "reply": reply.text,
+                "reply": tokenizer.decode(reply[: _end(reply, tokenizer)], skip_special=True),
                 "demonstration": probe.answer,
             }
             for probe, reply in zip(probes, replies, strict=True)

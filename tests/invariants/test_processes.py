@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from extend_toy import extended, said
 from rl_toy import toy_learn
 from training_toy import toy_fit
+
+from nurture.model.config import ModelConfig
+from nurture.model.transformer import Transformer
+from nurture.stages.training import save_result_model
+from nurture.tokenizer import Tokenizer
+from nurture.world import World
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -195,6 +202,34 @@ def test_a_run_whose_rank_is_killed_ends_with_the_weights_of_an_undisturbed_one(
         assert curve(disturbed / stage, key) == curve(straight / stage, key)
     weights = [(run / stage / "model/model.safetensors").read_bytes() for run in (straight, disturbed)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_two_processes_find_again_what_one_does(tmp_path: Path) -> None:
+    """Probes of long context are shared, on the sharded model: their outcomes, what is said, the samples, the result."""
+    world = World()
+    tokenizer = Tokenizer.train([world.document("web", "train", index) for index in range(60)], 400)
+    torch.manual_seed(0)
+    shape = ModelConfig(
+        vocab_size=tokenizer.vocab_size, width=16, layers=2, heads=2, kv_heads=1, max_position=64
+    )
+    save_result_model(Transformer(shape), tokenizer, tmp_path / "start", answers=False)
+    start = tmp_path / "start/model"
+    extended(start, tmp_path / "one")
+    torchrun("extend_toy.py", str(start), str(tmp_path / "two"), processes=2)
+    for name in ("long_context.json", "samples.jsonl"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text(), name
+    results = [
+        json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in ("one", "two")
+    ]
+    assert {name for name in results[0] if name.startswith("passkey")} == {"passkey/4x", "passkey_yarn/8x"}
+    for name, one in results[0].items():
+        assert results[1][name] == pytest.approx(one, rel=1e-3), name
+    alone = said()
+    assert len({token for answer in alone for token in answer}) > 5
+    assert json.loads((tmp_path / "two/said.json").read_text()) == alone
+    torchrun("extend_toy.py", str(start), str(tmp_path / "cut"), "2", processes=4)
+    assert json.loads((tmp_path / "cut/said.json").read_text()) == alone
 
 
 @pytest.mark.parametrize(("processes", "parts"), [(2, 2), (4, 2)])

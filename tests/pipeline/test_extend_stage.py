@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from nurture.errors import NurtureError
-from nurture.evals import replies
-from nurture.evals.replies import Reply
+from nurture.evals import long_context, replies
 from nurture.model.config import ModelConfig, YarnConfig
 from nurture.model.hugging_face import load_model
 from nurture.model.transformer import Transformer
+from nurture.runtime import Execution
 from nurture.stages import extend
 from nurture.stages.context import StageContext
 from nurture.stages.training import save_result_model
 from nurture.tokenizer import Tokenizer
 from nurture.world import World
+from nurture.world.long import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +108,29 @@ def test_a_probe_that_is_shown_leaves_room_for_its_reply(
     """Without YaRN the context ends where the rows do: a prompt that fills it cannot be gone on with."""
     asked: list[int] = []
 
-    def ask(model: Transformer, tokenizer: Tokenizer, prompts: list[str], *, max_tokens: int) -> list[Reply]:
-        asked.extend(1 + len(tokenizer.encode(prompt)) + max_tokens for prompt in prompts)
-        return replies.ask(model, tokenizer, prompts, max_tokens=max_tokens)
+    def go_on(
+        model: Transformer, prompts: list[list[int]], tokens: int, execution: Execution
+    ) -> list[list[int]]:
+        asked.extend(len(prompt) + tokens for prompt in prompts)
+        return long_context.go_on(model, prompts, tokens, execution)
 
-    monkeypatch.setattr(extend, "ask", ask)
+    monkeypatch.setattr(extend, "go_on", go_on)
     for length in (250, 254, 258):
         run(start, tmp_path / str(length), sequence_length=length, yarn=None, probes=0, steps=1)
         assert len(asked) == 3
         assert max(asked) <= length
         asked.clear()
+
+
+def test_a_probe_that_is_shown_is_gone_on_with_as_the_engine_would(start: Path, tmp_path: Path) -> None:
+    run(start, tmp_path / "stage", probes=0)
+    model, tokenizer = load_model(tmp_path / "stage/model"), Tokenizer.load(tmp_path / "stage/model")
+    shown = [json.loads(line) for line in (tmp_path / "stage/samples.jsonl").read_text().splitlines()]
+    world = World()
+    prompts = [world.retrieval(kind, "heldout", 0, length=256 - 9, depth=0.5,
+                               size=lambda text: len(tokenizer.encode(text))).prompt for kind in KINDS]  # fmt: skip
+    expected = replies.ask(model, tokenizer, prompts, max_tokens=8)
+    assert [line["reply"] for line in shown] == [reply.text for reply in expected]
 
 
 def test_theta_by_default_turns_the_slowest_pair_as_far_as_before() -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nurture.evals.long_context import Cell, accuracy, draw, find_again
+from nurture.evals.long_context import Cell, accuracy, draw, find_again, go_on
 from nurture.runtime import ExecutionConfig, decide_execution
 from nurture.tokenizer import Tokenizer
+from nurture.types import IGNORE_INDEX
 from nurture.world import World
 
 EXECUTION = decide_execution(ExecutionConfig(precision="fp32", compile="off"))
@@ -22,12 +23,12 @@ class Reader:
     def __init__(self, tokenizer: Tokenizer, sight: int) -> None:
         self.tokenizer, self.sight = tokenizer, sight
         self.embedding = torch.nn.Embedding(tokenizer.vocab_size, 1)
-        self.output_weight = torch.eye(tokenizer.vocab_size)
         self.lengths: list[int] = []
 
-    def hidden_states(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """One-hot "hidden states": with the unit matrix as head they are the logits."""
-        hidden = torch.zeros(*token_ids.shape, self.tokenizer.vocab_size)
+    def __call__(self, token_ids: torch.Tensor, *, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+        """What it would say after every token, where there is a label."""
+        assert reduction == "likeliest"
+        said_next = torch.zeros_like(token_ids)
         for row, ids in enumerate(token_ids.tolist()):
             self.lengths.append(len(ids))
             while ids[-1] == 0:  # padding
@@ -44,8 +45,8 @@ class Reader:
             start = [self.tokenizer.document_token_id, *answer]
             for place in range(len(ids)):
                 if start[: place + 1] == ids[: place + 1] and place + 1 < len(start):
-                    hidden[row, place, start[place + 1]] = 1.0
-        return hidden
+                    said_next[row, place] = start[place + 1]
+        return said_next.where(labels != IGNORE_INDEX, IGNORE_INDEX)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,17 @@ def test_who_sees_the_notes_answers_and_who_sees_only_the_end_does_not(setting: 
             assert measure.n == 6
             assert least <= measure.value <= most, (kind, measure)
     assert 200 - 40 < min(reader.lengths) <= max(reader.lengths) <= 301
+
+
+def test_what_follows_several_prompts_is_written_a_token_at_a_time(setting: tuple) -> None:
+    tokenizer, world = setting
+    probes = [world.retrieval("variables", "heldout", index, length=100 + 30 * index, depth=0.5,
+                              size=lambda text: len(tokenizer.encode(text))) for index in range(3)]  # fmt: skip
+    prompts = [[tokenizer.document_token_id, *tokenizer.encode(probe.prompt)] for probe in probes]
+    answers = [tokenizer.encode(probe.answer) for probe in probes]
+    tokens = min(map(len, answers))
+    written = go_on(Reader(tokenizer, 10_000), prompts, tokens, EXECUTION)
+    assert written == [answer[:tokens] for answer in answers]
 
 
 def test_accuracy_is_over_all_depths_of_one_length() -> None:

@@ -454,15 +454,15 @@ def measure_tokens_per_second(
     optimizer.set_factor(0.0)
     processes = execution.processes
     started, times = time.monotonic(), list[float]()
-    while len(times) < 3 or time.monotonic() - started < seconds:
+    enough = False
+    while not enough:  # as the main process's clock says: by its own a process would leave the others waiting
         step_started = time.monotonic()
         batch = batches(len(times), processes.rank, processes.world_size)
         parts = [part.to(execution.device) for part in split_to_fit(batch, microbatch_tokens)]
         model.train()
         train_step(model, optimizer, parts, loss_fn, clip_norm=1.0, execution=execution)
         times.append(time.monotonic() - step_started)
-        if processes.agree(len(times) >= 3 and time.monotonic() - started >= seconds):
-            break
+        enough = processes.agree(len(times) >= 3 and time.monotonic() - started >= seconds)
     for part in optimizer.parts:
         part.state.clear()
     for group, rate in zip(optimizer.groups(), rates, strict=True):

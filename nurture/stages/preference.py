@@ -151,7 +151,7 @@ def run(config: Config, context: StageContext) -> None:
     heldout = _pack(config, context, session, "heldout", Counter())
     assert batches is not None  # the training split raises where it is empty
     log.info("%s", batches.report)
-    if lost:
+    if lost.total():
         log.info("preferences: %s", "; ".join(f"{count} {reason}" for reason, count in lost.items() if count))
     if lost[CUT]:
         log.warning(

@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from training_toy import VOCABULARY, toy_batches, toy_fit, toy_model
 from nurture import trainer
 from nurture.checkpoint import load_state
 from nurture.errors import NurtureError
+from nurture.losses.language import LanguageLoss
 from nurture.model.hugging_face import load_model, save_model
 from nurture.optim import OptimizerConfig, build_optimizer
 from nurture.runtime import ExecutionConfig, Processes, decide_execution
@@ -90,6 +93,29 @@ def test_an_update_with_a_nan_is_skipped_and_leaves_no_trace() -> None:
     for name, tensor in weights(model).items():
         assert torch.equal(tensor, before[name])
     assert not optimizer.parts[0].state
+
+
+def test_measuring_ends_when_the_main_process_says_so() -> None:
+    """A process that went by its own clock would leave the others waiting in an update that it does not do."""
+    said = iter([False, False, False, False, True])
+
+    class Led(Processes):
+        def agree(self, value: Any) -> Any:
+            return next(said) if isinstance(value, bool) else value
+
+    model = toy_model()
+    steps: list[int] = []
+    speed = trainer.measure_tokens_per_second(
+        model,
+        build_optimizer(model, OptimizerConfig()),
+        lambda step, *place: steps.append(step) or toy_batches(12)(step, *place),  # type: ignore[func-returns-value]
+        LanguageLoss(torch.ones(VOCABULARY)),
+        execution=replace(decide_execution(ExecutionConfig(precision="fp32", compile="off")), processes=Led()),
+        microbatch_tokens=4096,
+        seconds=0.0,  # over at once by the clock here
+    )
+    assert steps == [0, 1, 2, 3, 4]
+    assert speed > 0
 
 
 def test_a_stage_whose_loss_stays_nan_stops_with_advice(

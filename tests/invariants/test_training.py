@@ -110,7 +110,9 @@ def test_measuring_ends_when_the_main_process_says_so() -> None:
         build_optimizer(model, OptimizerConfig()),
         lambda step, *place: steps.append(step) or toy_batches(12)(step, *place),  # type: ignore[func-returns-value]
         LanguageLoss(torch.ones(VOCABULARY)),
-        execution=replace(decide_execution(ExecutionConfig(precision="fp32", compile="off")), processes=Led()),
+        execution=replace(
+            decide_execution(ExecutionConfig(precision="fp32", compile="off")), processes=Led()
+        ),
         microbatch_tokens=4096,
         seconds=0.0,  # over at once by the clock here
     )

@@ -102,7 +102,7 @@ def json_lines(rows: Iterable[Any]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_json(path: Path, remedy: str) -> Any:
+def read_json(path: Path, remedy: str = "") -> Any:
     """Read the JSON file `path`.
 
     Raises:
@@ -111,11 +111,15 @@ def read_json(path: Path, remedy: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise NurtureError(f"{path}:{error.lineno}: not valid JSON ({error.msg}). {remedy}") from error
+        raise NurtureError(
+            f"{path}:{error.lineno}: not valid JSON ({error.msg}). {remedy}".rstrip()
+        ) from error
     except UnicodeDecodeError as error:
-        raise NurtureError(f"{path}: not text ({error.reason} at byte {error.start}). {remedy}") from error
+        raise NurtureError(
+            f"{path}: not text ({error.reason} at byte {error.start}). {remedy}".rstrip()
+        ) from error
     except OSError as error:
-        raise NurtureError(f"{path}: cannot be read ({error.strerror}). {remedy}") from error
+        raise NurtureError(f"{path}: cannot be read ({error.strerror}). {remedy}".rstrip()) from error
 
 
 def whole_json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -168,10 +172,13 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     path = directory / MANIFEST
     if not path.exists():
         return None
-    remedy = f"Delete {path} to have this stage made again."
-    manifest = read_json(path, remedy)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise NurtureError(f"{path}: not a manifest (no 'files' in it). {remedy}")
+    manifest = read_json(path)
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
+    whole = isinstance(listed, dict) and all(
+        isinstance(facts, dict) and {"size", "sha256"} <= facts.keys() for facts in listed.values()
+    )
+    if not whole:
+        raise NurtureError(f"{path}: not a manifest (no 'files' with their sizes and checksums in it).")
     return manifest
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -50,6 +51,7 @@ from nurture.stages.recipe import (
 _INPUTS = "inputs.json"
 _RUN = "run.json"
 _LOCK = ".lock"
+_log = logging.getLogger(__name__)
 
 
 # --- data and checkpoints, identified without reading them ----------------------------------------------------------
@@ -73,9 +75,11 @@ def _identify_files(paths: Sequence[Path]) -> str:
 
 def _identify_checkpoint(path: Path) -> str:
     folder = model_folder(path)
-    manifest = files.read_manifest(path) if path.is_dir() else None
+    manifest, problem = _manifest(path)
     if manifest is not None:
         return str(manifest.get("fingerprint"))
+    if problem:
+        _log.warning("%s Whether the stage is whole is not known; its model is used as it is.", problem)
     return _identify_files(
         [folder] if folder.is_file() else sorted(p for p in folder.iterdir() if p.is_file())
     )
@@ -131,7 +135,7 @@ def plan(
         checksums: read every file of finished stages and compare it with the manifest.
 
     Raises:
-        NurtureError: `from_stage` is not in the recipe, or a manifest is unreadable.
+        NurtureError: `from_stage` is not in the recipe.
     """
     steps = _steps(recipe, out)
     if from_stage is not None:
@@ -259,9 +263,12 @@ def _judge(step: Step, checksums: bool) -> tuple[str, str, Path | None]:
     """Return status, reason and the folder of a step as it is found on disk."""
     here = (step.directory,) if step.directory.exists() else _elsewhere(step)
     for folder in (*here, _old(step.directory)):
-        manifest = files.read_manifest(folder)
+        manifest, problem = _manifest(folder)
         record = manifest or _read_inputs(folder)
-        if record is None or record.get("fingerprint") != step.fingerprint:
+        is_this = record is not None and record.get("fingerprint") == step.fingerprint
+        if problem and folder in here and (is_this or record is None):
+            return "damaged", problem, folder
+        if problem or record is None or not is_this:
             continue
         remade = [
             name for name, made in record.get("parents", {}).items() if made != _made(step).get(name, made)
@@ -284,6 +291,14 @@ def _judge(step: Step, checksums: bool) -> tuple[str, str, Path | None]:
     return "new", "has not run yet", None
 
 
+def _manifest(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """Return the manifest of a finished folder, None where there is none, and what is wrong with one."""
+    try:
+        return files.read_manifest(folder) if folder.is_dir() else None, ""
+    except NurtureError as error:
+        return None, str(error)
+
+
 def _elsewhere(step: Step) -> tuple[Path, ...]:
     """Folders of the same stage under another number: a stage was put in or taken out before it."""
     return tuple(sorted(step.directory.parent.glob(f"[0-9][0-9]-{glob.escape(step.name)}")))
@@ -296,7 +311,7 @@ def _made(step: Step) -> dict[str, str]:
     """Identify what a step's parents left by content: the same settings may give another model (other hardware)."""
     made = {}
     for parent in step.parents:
-        manifest = files.read_manifest(parent.found or parent.directory)
+        manifest, _ = _manifest(parent.found or parent.directory)
         if manifest is not None:
             # The files about the stage hold times; they say nothing about what it made.
             outputs = {
@@ -310,7 +325,10 @@ def _read_inputs(folder: Path) -> dict[str, Any] | None:
     path = folder / _INPUTS
     if not path.is_file():
         return None
-    value = files.read_json(path, f"Delete {folder} to have this stage made again.")
+    try:
+        value = files.read_json(path)
+    except NurtureError:  # damaged: it says nothing of what the folder was made from
+        return None
     return value if isinstance(value, dict) else None
 
 

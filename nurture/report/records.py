@@ -52,7 +52,10 @@ class StageRecord:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        return files.read_manifest(self.folder) or {}
+        try:
+            return files.read_manifest(self.folder) or {}
+        except NurtureError:  # damaged: its results can be shown, its lineage is not known
+            return {}
 
     @cached_property
     def inputs(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ or not, without loading a model. The JSON shape is flat on purpose: scripts read
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from shlex import quote
@@ -18,6 +19,8 @@ from nurture.errors import NurtureError
 if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.table import Table
+
+_log = logging.getLogger(__name__)
 
 RATES = frozenset(
     "facts arithmetic translation cloze format stopped share pair_accuracy pair_ceiling tie_accuracy gold_win_rate "
@@ -31,14 +34,17 @@ def collect(run_directory: Path) -> dict[str, Any]:
     """Return the results of a run's finished stages in the shape of DESIGN.md.
 
     Raises:
-        NurtureError: the folder is not a run, or a result cannot be read.
+        NurtureError: the folder is not a run, or no result of it can be read.
     """
     if not run_directory.is_dir():
         raise NurtureError(f"{run_directory}: there is no such run. `nurture run` makes one.")
-    stages = [
-        files.read_json(folder / "result.json", f"Delete {folder} and run again.")
-        for folder in finished_stages(run_directory)
-    ]
+    stages = []
+    for folder in _with_result(run_directory):
+        result, problem = _result(folder)
+        if result is not None:
+            stages.append(result)
+        else:
+            _log.warning("%s The stage is left out of the report; delete its folder and run again.", problem)
     if not stages:
         is_run = (run_directory / "run.json").is_file()
         remedy = (
@@ -58,7 +64,11 @@ def _no_run(folder: Path) -> str:
 
 
 def finished_stages(run_directory: Path) -> list[Path]:
-    """Return the folders of the finished stages of a run, in order."""
+    """Return the folders of the finished stages of a run whose results can be read, in order."""
+    return [folder for folder in _with_result(run_directory) if _result(folder)[0] is not None]
+
+
+def _with_result(run_directory: Path) -> list[Path]:
     folders = sorted(run_directory.glob("[0-9][0-9]-*"))
     return [
         folder
@@ -67,6 +77,16 @@ def finished_stages(run_directory: Path) -> list[Path]:
         and (folder / files.MANIFEST).is_file()
         and (folder / "result.json").is_file()
     ]
+
+
+def _result(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """Return the results of a stage, or None and what is wrong with the file."""
+    path = folder / "result.json"
+    try:
+        result = files.read_json(path)
+    except NurtureError as error:
+        return None, str(error)
+    return (result, "") if isinstance(result, dict) else (None, f"{path}: no results (not a mapping).")
 
 
 def collect_all(run_directories: Sequence[Path]) -> dict[str, Any]:

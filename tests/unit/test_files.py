@@ -67,12 +67,14 @@ def test_manifest_finds_missing_short_and_changed_files(tmp_path: Path):
     assert "checksum differs" in files.manifest_problems(tmp_path, manifest, checksums=True)[2]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"files": 3}', "\x00"])
-def test_an_unreadable_manifest_says_what_to_do(tmp_path: Path, text: str):
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"files": 3}', '{"files": {"a": 1}}', '{"files": {"a": {"size": 1}}}', "\x00"]
+)
+def test_an_unreadable_manifest_is_named(tmp_path: Path, text: str):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(NurtureError) as failure:
         files.read_manifest(tmp_path)
-    assert f"Delete {tmp_path / 'manifest.json'}" in str(failure.value)
+    assert str(failure.value).startswith(str(tmp_path / "manifest.json"))
 
 
 def test_whole_json_lines_stop_at_half_a_line_and_not_at_odd_characters(tmp_path: Path):

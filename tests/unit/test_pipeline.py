@@ -446,13 +446,61 @@ def test_an_unknown_recipe_names_the_nearest():
         load_recipe("tinny")
 
 
-def test_an_unreadable_manifest_says_what_to_do(recipe_file: Path, out: Path):
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "ÿ"])
+def test_a_stage_whose_manifest_is_damaged_is_made_again(recipe_file: Path, out: Path, content: str):
+    run(recipe_file, out)
+    manifest = out / "02-polish" / "manifest.json"
+    manifest.write_bytes(content.encode("latin-1"))
+    steps = {step.name: step for step in pipeline.plan(load_recipe(recipe_file), out)}
+    assert {name: step.status for name, step in steps.items()} == {
+        "grow": "fresh", "polish": "damaged", "branch": "fresh",
+    }  # fmt: skip
+    assert str(manifest) in steps["polish"].reason
+    assert "Delete" not in steps["polish"].reason
+    assert statuses(recipe_file, out, "polish.steps=4")["polish"] == "stale"
+    (out / "02-polish" / "inputs.json").write_text("{")
+    assert statuses(recipe_file, out)["polish"] == "damaged"
+    assert run(recipe_file, out) == ("polish",)
+    assert run(recipe_file, out) == ()
+
+
+def test_damaged_inputs_of_an_unfinished_stage_make_it_start_over(
+    recipe_file: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("FAKE_STOP", "polish:1")
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe_file, out)
+    monkeypatch.delenv("FAKE_STOP")
+    (out / "02-polish" / "inputs.json").write_text("{")
+    assert statuses(recipe_file, out)["polish"] == "stale"
+    assert run(recipe_file, out) == ("polish", "branch")
+    assert steps_run(out, "02-polish") == [0, 1]
+
+
+def test_a_start_whose_manifest_is_damaged_is_known_by_its_files(
+    recipe_file: Path, out: Path, caplog: pytest.LogCaptureFixture
+):
     run(recipe_file, out)
     (out / "01-grow" / "manifest.json").write_text("{")
-    with pytest.raises(
-        NurtureError, match=r"01-grow/manifest.json:1: not valid JSON .* Delete .*manifest.json"
-    ):
-        run(recipe_file, out)
+    alone, elsewhere = [f"grow.start={out / '01-grow'}"], out.with_name("alone")
+    assert run(recipe_file, elsewhere, *alone) == ("grow", "polish", "branch")
+    assert "01-grow/manifest.json:1: not valid JSON" in caplog.text
+    assert run(recipe_file, elsewhere, *alone) == ()
+
+
+def test_a_report_leaves_out_a_stage_whose_result_is_damaged(
+    recipe_file: Path, out: Path, caplog: pytest.LogCaptureFixture
+):
+    from nurture.report.records import read_run
+    from nurture.report.table import collect, next_steps
+
+    run(recipe_file, out)
+    (out / "02-polish" / "result.json").write_text("{")
+    (out / "01-grow" / "manifest.json").write_text("{")
+    assert [stage["name"] for stage in collect(out)["stages"]] == ["grow", "branch"]
+    assert "02-polish/result.json:1: not valid JSON" in caplog.text
+    assert [record.name for record in read_run(out)] == ["grow", "branch"]
+    assert not any("polish" in command for command, _ in next_steps(out))
 
 
 def test_a_file_in_the_way_of_the_run(recipe_file: Path, out: Path):

@@ -40,7 +40,7 @@ def superficial(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Is alignment superficial? Score against bits of adaptation, best of n, and facts that were never pretrained."""
+    """Is alignment superficial? Score against bits of adaptation, best of n, new facts, and shifted tokens."""
     from nurture.evals.superficial import SuperficialConfig
     from nurture.report.superficial import FILE, exhibit, run_experiment
 

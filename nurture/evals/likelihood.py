@@ -10,10 +10,11 @@ Source: Biderman et al., arXiv 2405.14782 (lessons of lm-evaluation-harness), se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from nurture.model.heads import lm_logits
 from nurture.model.transformer import Transformer
@@ -45,21 +46,45 @@ def score_continuations(
     model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> list[Score]:
     """Return the score of each (context, continuation) of token ids, neither of them empty."""
-    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     scores = [Score(0.0, True)] * len(pairs)
+    for index, logits, labels in _continuation_logits(model, pairs):
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(1, labels[:, None])[:, 0].tolist()
+        scores[index] = Score(sum(chosen), bool((logprobs.argmax(-1) == labels).all()))
+    return scores
+
+
+@torch.inference_mode()
+def rank_continuations(
+    model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[list[int]]:
+    """Return the rank of each token of each continuation among all tokens there: 1 plus how many are likelier.
+
+    Arguments as of `score_continuations`. A continuation longer than the model's context has ranks of its end only.
+    """
+    ranks: list[list[int]] = [[] for _ in pairs]
+    for index, logits, labels in _continuation_logits(model, pairs):
+        ranks[index] = (1 + (logits > logits.gather(1, labels[:, None])).sum(-1)).tolist()
+    return ranks
+
+
+def _continuation_logits(
+    model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield, longest first, each pair's index, the logits (T, V) of its continuation, and its tokens (T,)."""
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     start = 0
     while start < len(order):
         width = min(sum(map(len, pairs[order[start]])) - 1, model.config.max_position)
         part = order[start : start + max(1, _BATCH_TOKENS // max(width, 1))]
-        for index, score in zip(part, _score_batch(model, [pairs[i] for i in part], width), strict=True):
-            scores[index] = score
+        found = _batch_logits(model, [pairs[i] for i in part], width)
+        yield from ((index, *rest) for index, rest in zip(part, found, strict=True))
         start += len(part)
-    return scores
 
 
-def _score_batch(
+def _batch_logits(
     model: Transformer, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], width: int
-) -> list[Score]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     device = model.embedding.weight.device
     token_ids = torch.zeros(len(pairs), width, dtype=torch.int64)
     asked = torch.zeros(len(pairs), width, dtype=torch.bool)
@@ -73,12 +98,6 @@ def _score_batch(
     # Padding stands after the text, where causal attention cannot look.
     hidden = model.hidden_states(token_ids.to(device))[asked.to(device)]
     labels = torch.tensor([token for ending in wanted for token in ending], device=device)
-    logprobs = lm_logits(hidden[None], model.output_weight)[0].log_softmax(-1)
-    chosen = logprobs.gather(1, labels[:, None])[:, 0].tolist()
-    first = (logprobs.argmax(-1) == labels).tolist()
-    scores, place = [], 0
-    for ending in wanted:
-        here = slice(place, place + len(ending))
-        scores.append(Score(sum(chosen[here]), all(first[here])))
-        place = here.stop
-    return scores
+    logits = lm_logits(hidden[None], model.output_weight)[0]
+    sizes = [len(ending) for ending in wanted]
+    yield from zip(logits.split(sizes), labels.split(sizes), strict=True)

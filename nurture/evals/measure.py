@@ -7,7 +7,8 @@ Newcombe's square-and-add rule, as if the items were different ones, which is wi
 between runs gives the interval: it holds for a new seed, which no interval within one run does.
 
 Sources: Wilson 1927, "Probable inference, the law of succession, and statistical inference"; Newcombe 1998, "Interval
-estimation for the difference between independent proportions", method 10; Efron and Tibshirani 1993, chapter 13.
+estimation for the difference between independent proportions", method 10; Efron and Tibshirani 1993, chapter 13; Kish
+1965, "Survey sampling" (outcomes in groups).
 """
 
 from __future__ import annotations
@@ -61,6 +62,24 @@ def rate(outcomes: Sequence[float]) -> Measure:
     return Measure(share, n, *wilson(share, n), outcomes=tuple(map(float, outcomes)))
 
 
+def rate_of_groups(groups: Sequence[Sequence[float]]) -> Measure:
+    """Return the share of true outcomes that come in groups, such as the tokens of a reply; none of them empty.
+
+    Outcomes of one group are alike, so that they tell less than as many independent ones. The interval is Wilson's for
+    as many independent outcomes as would scatter like the groups do (Kish's effective sample size, from the linearised
+    variance of a ratio), at most as many as there are.
+    """
+    n, successes = sum(map(len, groups)), sum(map(sum, groups))
+    if n == 0:
+        return Measure(0.0, 0, 0.0, 1.0)
+    share, many = successes / n, len(groups)
+    scatter = sum((sum(group) - share * len(group)) ** 2 for group in groups)
+    # Groups that do not scatter at all (one group, or a share of 0 or 1) vouch for no more than their number.
+    spread = scatter * many / (many - 1) if many > 1 else 0.0
+    effective = share * (1 - share) * n * n / spread if spread else many
+    return Measure(share, n, *wilson(share, min(max(effective, 1), n)))
+
+
 def mean(values: Sequence[float]) -> Measure:
     """Return the mean with its normal 95 % interval."""
     n = len(values)
@@ -71,7 +90,7 @@ def mean(values: Sequence[float]) -> Measure:
     return Measure(centre, n, centre - half, centre + half, outcomes=tuple(values))
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
+def wilson(share: float, n: float) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a share of `n`."""
     z2 = Z_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)

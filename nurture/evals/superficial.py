@@ -1,6 +1,6 @@
 """Is alignment superficial? How much of a fine-tuned model's ability its base already had, and what it could be taught.
 
-Three measurements on the embedded world, all on held-out tasks:
+Four measurements on the embedded world, all on held-out tasks:
 
 1. *Programs* (evals/adaptation.py): the base model with a few demonstrations in its prompt, fine-tuned on 10, 100 or
    1,000 examples, or with adapters; length in bits against the share of right replies and of replies in form. Beside it
@@ -8,12 +8,15 @@ Three measurements on the embedded world, all on held-out tasks:
 2. *Best of n*: how often a right reply is among n of the base, against n of the fine-tuned model.
 3. *Facts*: people that pretraining told of but nobody was ever asked about (surfaced), against people that no document
    names, taught in fine-tuning alone, 1 or more times each, and asked in wordings they were not taught in.
+4. *Shifted tokens* (evals/token_shift.py): which tokens of the fine-tuned models' likeliest replies the base would have
+   written, by place in the reply and kind of prompt.
 
 The sentences at the end are made from the measured numbers and their intervals. Main failure mode: a base model that
 never saw the task's form at all scores 0 however much it knows; so it is asked in its own form, a forum thread.
 
 Sources: Zhou et al., arXiv 2305.11206 (LIMA's hypothesis); Vergara-Browne et al., arXiv 2602.15829 (bits); arXiv
-2410.03717 (curves over the number of examples); Brown et al., arXiv 2407.21787 (best of n as coverage).
+2410.03717 (curves over the number of examples); Brown et al., arXiv 2407.21787 (best of n as coverage); Lin et al.,
+arXiv 2312.01552 (shifted tokens).
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from nurture.evals.adaptation import (
 from nurture.evals.best_of_n import best_of_n
 from nurture.evals.measure import Measure, difference, rate
 from nurture.evals.replies import Reply, ask, graded
+from nurture.evals.token_shift import SPELLINGS, rank_replies, shift_rates, write_replies
 from nurture.evals.world_card import cloze_accuracy
 from nurture.losses.language import LanguageLoss
 from nurture.model.lora import LoraConfig, add_adapters
@@ -77,6 +81,14 @@ class SuperficialConfig(Section):
     """Bits that a number of an adapter is rounded to."""
     replies: PositiveInt = 8
     """n of best of n."""
+    shift_kinds: tuple[str, ...] = tuple(
+        "fact arithmetic code translation rewrite list story describe chat benign redteam".split()
+    )
+    """Kinds of prompt whose replies are compared with the base token by token."""
+    shift_prompts: PositiveInt = 40
+    """Held-out prompts of each of these kinds."""
+    shift_tokens: PositiveInt = 100
+    """Longest reply to them."""
     exposures: tuple[PositiveInt, ...] = (1, 8)
     """Examples of each new fact in a training set."""
     passes: PositiveInt = 4
@@ -129,6 +141,7 @@ def experiment(
     programs = [program for kind in config.kinds for program in _programs(bench, models, kind)]
     chances = [entry for kind in config.kinds for entry in _best_of_n(bench, models, kind, programs)]
     facts = _facts(bench, models[BASE])
+    shifts = [shift for name in models if name != BASE for shift in _shifts(bench, models, name)]
     return {
         "models": [*models, RANDOM],
         "programs": [_plain(program, on_frontier(program, programs)) for program in programs],
@@ -137,7 +150,11 @@ def experiment(
         "facts": [
             {**entry, **{k: entry[k].as_data() for k in ("asked", "cloze") if entry[k]}} for entry in facts
         ],
-        "conclusions": conclusions(programs, chances, facts, config.target),
+        "token_shift": shifts,
+        "conclusions": [
+            *conclusions(programs, chances, facts, config.target),
+            *(about_shifts(shifts, name) for name in models if name != BASE),
+        ],
         "limits": list(LIMITS),
         "config": config.model_dump(mode="json"),
         "seconds": round(time.monotonic() - started, 1),
@@ -413,6 +430,48 @@ def _question(person: Entity, relation: str, wording: int) -> Task:
     )
 
 
+# --- shifted tokens --------------------------------------------------------------------------------------------------
+
+
+def _shifts(bench: _Bench, models: Mapping[str, Transformer], name: str) -> Iterator[dict[str, Any]]:
+    """Rank the tokens of a fine-tuned model's replies under the base, which reads them in each spelling."""
+    config, tokenizer = bench.config, bench.tokenizer
+    tasks = [
+        task for kind in config.shift_kinds for task in bench.tasks(kind, "heldout", config.shift_prompts)
+    ]
+    replies = write_replies(models[name], tokenizer, tasks, config.shift_tokens)
+    for spelling in SPELLINGS:
+        ranked = rank_replies(models[BASE], tokenizer, bench.world, tasks, replies, spelling)
+        rates = shift_rates(ranked, lambda token: tokenizer.decode([token]))
+        shifted = rates["all"]["shifted"]
+        bench.say(
+            f"{name}, read by the base as {spelling}: {shifted['value']:.1%} of {shifted['n']:,} tokens shifted"
+        )
+        yield {"model": name, "spelling": spelling, **rates}
+
+
+def about_shifts(shifts: Sequence[Mapping[str, Any]], model: str) -> str:
+    """Say how much of a model's replies the base would have written, and where it would not."""
+    said = []
+    for shift in (shift for shift in shifts if shift["model"] == model):
+        rates = {name: Measure(**measure) for name, measure in shift["all"].items()}
+        said.append(
+            f"as a {shift['spelling']}, {rates['unshifted'].percent()} of the tokens of {model} are the base's first"
+            f" choice, {rates['shifted'].percent()} are not among its first three"
+        )
+        early, late = (
+            [Measure(**line["shifted"]) for line in shift["by_place"] if line["place"] in places]
+            for places in (("1",), ("9-16", "17-32", "33-64"))
+        )
+        if early and late:
+            change = difference(early[0], late[-1])
+            verdict = change.side("more", "fewer", "not clearly more or fewer")
+            said[-1] += (
+                f" ({early[0].percent()} of first tokens; late in the reply {late[-1].percent()}, {verdict})"
+            )
+    return f"Shifted tokens, {model}: the base reads the reply " + "; ".join(said) + "."
+
+
 # --- what follows ---------------------------------------------------------------------------------------------------
 
 LIMITS = (
@@ -421,6 +480,8 @@ LIMITS = (
     "model may give another answer.",
     "The fine-tuned models saw other examples of these very kinds of task; that they need few bits says that the "
     "adaptation is inside, not that it was small.",
+    "A shifted token is one that the base ranks low, whatever it means: a synonym counts as much as another answer. "
+    "Late places are reached by long replies alone, which are to other kinds of prompts than short ones.",
     "Facts told in pretraining were read in many wordings and texts, taught ones in one wording: the comparison is of "
     "two ways to learn as they are used, not of equal numbers of readings.",
 )

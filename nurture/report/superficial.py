@@ -99,7 +99,59 @@ def tables(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
             "columns": ["task", "model", "n", "right"],
             "rows": chances,
         },
+        *_shift_tables(measured.get("token_shift", [])),
     ]
+
+
+def _shift_tables(shifts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return how the base ranks the tokens of replies: in all and by kind, by place, and the most shifted ones."""
+    rates = ("unshifted", "marginal", "shifted")
+
+    def line(shift: Mapping[str, Any], what: str, row: Mapping[str, Any]) -> list[str]:
+        return [
+            shift["model"],
+            shift["spelling"],
+            what,
+            f"{row['shifted']['n']:,}",
+            *(share(row[r]) for r in rates),
+        ]
+
+    rows = [[line(s, "all", s["all"]), *(line(s, row["kind"], row) for row in s["by_kind"])] for s in shifts]
+    places = [line(s, row["place"], row) for s in shifts for row in s["by_place"]]
+    tokens = [
+        [
+            s["model"],
+            s["spelling"],
+            repr(t["token"])[1:-1],
+            f"{t['shifted']}",
+            f"{t['written']}",
+            f"{t['rank']:g}",
+        ]
+        for s in shifts
+        for t in s["tokens"]
+    ]
+    columns = ["model", "base reads", "", "tokens", "first choice", "second or third", "shifted"]
+    return (
+        [
+            {
+                "title": "Tokens of likeliest replies by the base's rank, by kind of prompt (intervals over replies)",
+                "columns": [*columns[:2], "prompts", *columns[3:]],
+                "rows": [row for of_shift in rows for row in of_shift],
+            },
+            {
+                "title": "The same by place in the reply; `end` is the token that ends it",
+                "columns": [*columns[:2], "place", *columns[3:]],
+                "rows": places,
+            },
+            {
+                "title": "Tokens shifted most often",
+                "columns": ["model", "base reads", "token", "shifted", "written", "median rank when shifted"],
+                "rows": tokens,
+            },
+        ]
+        if shifts
+        else []
+    )
 
 
 def _bits(threshold: Mapping[str, Any]) -> str:
@@ -129,7 +181,24 @@ def charts(measured: Mapping[str, Any]) -> list[Any]:
             lines.append(Line(model, points, colour, colour % 4, bars, marks=True))
         title = f"{kind}: a right reply among n"
         drawn.append(line_chart(title, lines, x_label="n", y_label="right", percent=True))
-    return drawn
+    return drawn + _shift_charts(measured.get("token_shift", []))
+
+
+def _shift_charts(shifts: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return a chart of shifted tokens against the place in the reply, if that was measured."""
+    lines = []
+    for colour, shift in enumerate(shifts):
+        spans = [row for row in shift["by_place"] if row["place"] != "end"]
+        points = [(int(row["place"].split("-")[0]), row["shifted"]["value"]) for row in spans]
+        bars = [(row["shifted"]["low"], row["shifted"]["high"]) for row in spans]
+        name = f"{shift['model']}, read as {shift['spelling']}"
+        lines.append(Line(name, points, colour, colour % 4, bars, marks=True))
+    title = "Tokens that are not among the base's first three, by place in the reply"
+    return (
+        [line_chart(title, lines, x_label="place (tokens)", y_label="shifted", log_x=True, percent=True)]
+        if lines
+        else []
+    )
 
 
 def _best_so_far(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

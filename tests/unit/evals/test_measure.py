@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from nurture.evals.measure import Measure, before_and_after, difference, over_runs, rate
+from nurture.evals.measure import Measure, before_and_after, difference, over_runs, rate, rate_of_groups
 
 
 def test_wilson_interval_of_a_textbook_case() -> None:
@@ -75,3 +76,35 @@ def test_the_spread_between_runs() -> None:
     half = many.high - many.value
     deviation = (30 * 0.25 / 30) ** 0.5
     assert half == pytest.approx(2.042 * deviation / 31**0.5, rel=2e-3)
+
+
+def test_outcomes_in_groups_tell_less_than_as_many_apart() -> None:
+    groups = [[1.0] * 10 if place % 2 else [0.0] * 10 for place in range(20)]
+    clustered, apart = rate_of_groups(groups), rate([x for group in groups for x in group])
+    assert (clustered.value, clustered.n) == (apart.value, apart.n) == (0.5, 200)
+    # Groups all of a kind are worth one outcome each, but for the lost degree of freedom.
+    twenty = rate([1.0] * 10 + [0.0] * 10)
+    assert clustered.low == pytest.approx(twenty.low, abs=0.01)
+    assert clustered.low < apart.low
+    # Outcomes that are alone in their groups are independent.
+    alone = rate_of_groups([[x] for x in [1.0] * 30 + [0.0] * 170])
+    assert alone.low == pytest.approx(rate([1.0] * 30 + [0.0] * 170).low, abs=1e-3)
+    # All alike: the groups vouch for their number, not for their outcomes.
+    assert rate_of_groups([[1.0] * 50] * 4).low == rate([1.0] * 4).low
+    assert rate_of_groups([]) == Measure(0.0, 0, 0.0, 1.0)
+
+
+def test_the_interval_of_groups_covers_the_truth() -> None:
+    """Groups of unequal size whose own shares scatter around 0.3: 95 % intervals hold it in about 95 of 100 samples."""
+    draw = np.random.default_rng(1)
+    inside = {"groups": 0, "apart": 0}
+    for _ in range(400):
+        shares, sizes = draw.beta(1.5, 3.5, 60), draw.integers(1, 30, 60)
+        groups = [(draw.random(n) < p).astype(float).tolist() for p, n in zip(shares, sizes, strict=True)]
+        for name, found in (
+            ("groups", rate_of_groups(groups)),
+            ("apart", rate([x for g in groups for x in g])),
+        ):
+            inside[name] += found.low <= 0.3 <= found.high
+    assert 0.91 <= inside["groups"] / 400 <= 0.985
+    assert inside["apart"] / 400 < 0.8

@@ -23,10 +23,18 @@ from nurture.evals.adaptation import (
     thread_conversation,
 )
 from nurture.evals.measure import Measure, rate
-from nurture.evals.superficial import SuperficialConfig, _question, conclusions, experiment, thresholds
+from nurture.evals.superficial import (
+    SuperficialConfig,
+    _question,
+    about_shifts,
+    conclusions,
+    experiment,
+    thresholds,
+)
 from nurture.model.config import ModelConfig
 from nurture.model.lora import LoraConfig, add_adapters
 from nurture.model.transformer import Transformer
+from nurture.report.superficial import exhibit
 from nurture.tokenizer import Tokenizer
 from nurture.types import Batch
 from nurture.world import World
@@ -153,6 +161,30 @@ def test_the_words_follow_the_numbers() -> None:
     assert "save no bits" in conclusions(no_help, chances(25, 25), FACTS, 0.9)[0]
 
 
+def test_the_words_about_shifted_tokens_follow_the_numbers() -> None:
+    def shift(first: int, late: int) -> dict[str, object]:
+        places = {"1": first, "9-16": 50, "17-32": late, "end": 0}
+        lines = [
+            {"place": place, "shifted": rate([1] * shifted + [0] * (100 - shifted)).as_data()}
+            for place, shifted in places.items()
+        ]
+        everything = {
+            "unshifted": rate([1] * 70 + [0] * 30).as_data(),
+            "shifted": rate([1] * 20 + [0] * 80).as_data(),
+        }
+        return {"model": "sft", "spelling": "thread", "all": everything, "by_place": lines}
+
+    for first, late, word in (
+        (80, 10, ", fewer)"),
+        (10, 80, ", more)"),
+        (40, 42, "not clearly more or fewer)"),
+    ):
+        said = about_shifts([shift(first, late), {"model": "other"}], "sft")
+        assert word in said
+        assert f"{first} % (" in said
+        assert "70 % (60 to 78) of the tokens of sft are the base's first choice" in said
+
+
 def test_a_question_in_any_wording_is_graded(world: World) -> None:
     person = next(p for p in world.people if p.group == "unseen")
     tasks = [_question(person, "pet", wording) for wording in range(8)]
@@ -169,7 +201,7 @@ def test_the_smallest_experiment(model: Transformer, tokenizer: Tokenizer, world
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     config = SuperficialConfig(
         kinds=("fact",), questions=4, shots=(0, 1), examples=(2, 4), adapter_bits=(2,), replies=2, exposures=(1,),
-        passes=1, least_updates=1, batch_size=2, sequence_length=128, reply_tokens=4,
+        shift_kinds=("fact", "story"), shift_prompts=2, shift_tokens=5, passes=1, least_updates=1, batch_size=2, sequence_length=128, reply_tokens=4,
     )  # fmt: skip
     lines: list[str] = []
     measured = experiment({"base": model, "sft": model}, tokenizer, world, config, lines.append)
@@ -184,8 +216,15 @@ def test_the_smallest_experiment(model: Transformer, tokenizer: Tokenizer, world
     assert sizes == sorted(sizes)
     assert [e["group"] for e in measured["facts"]] == ["known", "surfaced", "taught", "never"]
     assert {e["n"] for e in measured["best_of_n"]} == {1, 2}
-    assert len(measured["conclusions"]) == 2
+    assert len(measured["conclusions"]) == 3
     assert lines
+    # What is its own base is never shifted; read as a thread it is another matter.
+    chat, thread = measured["token_shift"]
+    assert (chat["spelling"], thread["spelling"], chat["replies"]) == ("chat", "thread", 4)
+    assert chat["all"]["unshifted"]["value"] == 1.0
+    assert [line["kind"] for line in chat["by_kind"]] == ["fact", "story"]
+    titles = [table["title"] for table in exhibit(measured).tables]
+    assert sum("shifted" in title or "by place" in title or "rank" in title for title in titles) == 3
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), weights, strict=True))
 
 

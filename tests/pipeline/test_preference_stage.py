@@ -121,7 +121,11 @@ def test_answers_that_are_cut_off_are_counted_and_told(
     start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, loss: str
 ) -> None:
     """They lose their end token, and with it what teaches to stop."""
+    caplog.set_level("INFO")
     whole = train(start, tmp_path / "whole", loss=loss, steps=1)
+    assert "preferences: " not in [
+        record.getMessage() for record in caplog.records
+    ]  # nothing lost, nothing said
     assert CUT not in whole["preferences"]["left_out"]
     assert "cut off" not in caplog.text
     cut = train(start, tmp_path / "cut", loss=loss, steps=1, answer_tokens=28)

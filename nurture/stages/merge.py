@@ -126,30 +126,24 @@ class Config(StageConfig):
 def run(config: Config, context: StageContext) -> None:
     """Merge `context.start` with the other models and leave the result in `context.directory`."""
     start, processes = context.needed_start(config, "merging needs a model"), join_processes()
-    if processes.is_main:
-        _merge(config, context, start)
-    processes.wait()
-
-
-def _merge(config: Config, context: StageContext, start: Path) -> None:
     tokenizer = load_tokenizer(start)
     exam = _Exam(config, context, tokenizer)
     target = context.directory / "model"
-    remember_alone = partial(remember, context.directory, alone=True)
     beside = {
-        name: remember_alone(f"beside-{place}", partial(_measured, exam, context.models[name]))
+        name: remember(context.directory, f"beside-{place}", partial(_measured, exam, context.models[name]))
         for place, name in enumerate(config.compare)
     }
-    before = remember_alone("before", partial(_measured, exam, start))
+    before = remember(context.directory, "before", partial(_measured, exam, start))
     share, table = config.share, list[dict[str, float]]()
     if config.sweep:
         share, table = choose_share(config, context, exam, start)
     seconds = time.monotonic()
     write_merged(config, context, start, tokenizer, target, config.weights or shares_of(config, share))
     seconds = time.monotonic() - seconds
-    merged = load_model(target)
-    after = exam.measures(merged)
+    after = _measured(exam, target)
     after |= wins(before, after)
+    if not processes.is_main:
+        return
     write_result(
         context.directory,
         tokens=0,
@@ -180,7 +174,7 @@ def choose_share(
     table = []
     for share in sorted({*config.sweep, 1.0}, reverse=True):
         measured = partial(_tried, config, context, exam, start, share)
-        measures = remember(context.directory, f"share-{share:g}", measured, alone=True)
+        measures = remember(context.directory, f"share-{share:g}", measured)
         missing = [name for name in config.score if name not in measures]
         if missing:
             raise NurtureError(
@@ -195,8 +189,8 @@ def choose_share(
     return best["share"], table
 
 
-def _measured(exam: _Exam, path: Path) -> dict[str, Measure]:
-    return exam.measures(load_model(path))
+def _measured(exam: _Exam, path: Path, first: int = 0) -> dict[str, Measure]:
+    return exam.measures(load_model(path).to(exam.execution.device), first)
 
 
 def table_of(models: dict[str, dict[str, Measure]]) -> list[dict[str, Any]]:
@@ -213,8 +207,10 @@ def _tried(
     """Merge with one share into a folder that is thrown away, and measure on the selection's prompts."""
     folder = context.directory / "state" / "tried"
     write_merged(config, context, start, exam.tokenizer, folder, shares_of(config, share))
-    measures = exam.measures(load_model(folder), first=_SELECTION)
-    shutil.rmtree(folder)
+    measures = _measured(exam, folder, first=_SELECTION)
+    exam.execution.processes.wait()
+    if exam.execution.processes.is_main:
+        shutil.rmtree(folder)
     return measures
 
 
@@ -226,7 +222,21 @@ def write_merged(
     target: Path,
     weights: Sequence[float],
 ) -> None:
-    """Write the whole checkpoint of a merge."""
+    """Write the whole checkpoint of a merge, in the main process; the others wait for it."""
+    processes = join_processes()
+    if processes.is_main:
+        _write_merged(config, context, start, tokenizer, target, weights)
+    processes.wait()
+
+
+def _write_merged(
+    config: Config,
+    context: StageContext,
+    start: Path,
+    tokenizer: Tokenizer,
+    target: Path,
+    weights: Sequence[float],
+) -> None:
     others = [context.models[name] for name in config.models]
     based = [context.models[config.base]] if config.base is not None else []
     make_directory(target)
@@ -288,7 +298,10 @@ class _Exam:
         self.execution = decide_execution(ExecutionConfig(compile="off"))
 
     def measures(self, model: Transformer, first: int = 0) -> dict[str, Measure]:
-        """Return everything measured; `first` is the index of the first held-out prompt."""
+        """Return everything measured; `first` is the index of the first held-out prompt.
+
+        All processes must call it, each with the whole model: they share probes and texts, and ask the prompts alike.
+        """
         config, measures = self.config, dict[str, Measure]()
         if self.world is not None:
             tasks = heldout_tasks(self.world, self.kinds, config.prompt_count, first=first)

@@ -315,18 +315,16 @@ def write_result(
     atomic_write_json(directory / "result.json", result)
 
 
-def remember(
-    directory: Path, name: str, measures: Callable[[], dict[str, Measure]], *, alone: bool = False
-) -> dict[str, Measure]:
+def remember(directory: Path, name: str, measures: Callable[[], dict[str, Measure]]) -> dict[str, Measure]:
     """Return `measures()`, from `state/NAME.json` if an earlier, interrupted try measured them already.
 
-    All processes must call it, unless the main one is `alone`; all return what the main one measured.
+    All processes must call it; all return what the main one measured.
     """
 
     def plain() -> dict[str, Any]:
         return {key: vars(measure) for key, measure in measures().items()}
 
-    saved = kept(directory, name, plain, Processes() if alone else join_processes())
+    saved = kept(directory, name, plain, join_processes())
     return {key: Measure(**facts) for key, facts in saved.items()}
 
 

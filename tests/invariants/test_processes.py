@@ -17,6 +17,8 @@ from training_toy import toy_fit
 
 from nurture.model.config import ModelConfig
 from nurture.model.transformer import Transformer
+from nurture.pipeline import run
+from nurture.stages.recipe import load_recipe
 from nurture.stages.training import save_result_model
 from nurture.tokenizer import Tokenizer
 from nurture.world import World
@@ -230,6 +232,52 @@ def test_two_processes_find_again_what_one_does(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "two/said.json").read_text()) == alone
     torchrun("extend_toy.py", str(start), str(tmp_path / "cut"), "2", processes=4)
     assert json.loads((tmp_path / "cut/said.json").read_text()) == alone
+
+
+MERGED = """
+name: merged
+model: {width: 32, layers: 1, heads: 2, kv_heads: 1, ffn_width: 64, max_position: 256}
+tokenizer: {vocab_size: 400, sample_bytes: 50000}
+stages:
+  - {kind: pretrain, sources: {web: world:web}, steps: 2, batch_size: 4, sequence_length: 64, heldout_tokens: 256}
+  - {kind: pretrain, name: longer, sources: {web: world:web}, steps: 4, batch_size: 4, sequence_length: 64, heldout_tokens: 256}
+  - kind: merge
+    models: [pretrain]
+    sweep: [0.5]
+    score: [bpb/web]
+    prompts: world:tasks:fact
+    prompt_count: 2
+    reply_tokens: 8
+    lengths: [100, 200]
+    compare: [pretrain]
+    data: {web: world:web}
+    heldout_tokens: 9000
+"""
+
+
+@pytest.mark.slow
+def test_a_merge_is_measured_by_two_processes_as_by_one(tmp_path: Path) -> None:
+    recipe = tmp_path / "merged.yaml"
+    recipe.write_text(MERGED)
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(load_recipe(recipe), one)
+    shutil.copytree(one, two, symlinks=True)
+    shutil.rmtree(two / "03-merge")
+    torchrun("dying_nurture.py", "nobody:0", "run", str(recipe), "--out", str(two), processes=2)
+    weights = [(folder / "03-merge/model/model.safetensors").read_bytes() for folder in (one, two)]
+    assert weights[0] == weights[1]
+    results = [json.loads((folder / "03-merge/result.json").read_text()) for folder in (one, two)]
+    assert {"passkey/100", "passkey/200", "gold_reward", "bpb/web"} <= set(results[0]["metrics"])
+    assert results[1]["weights"] == results[0]["weights"]
+    for name, measured in results[0]["metrics"].items():
+        assert results[1]["metrics"][name] == pytest.approx(measured, abs=2e-6), name
+    for key in ("sweep", "table"):
+        for mine, theirs in zip(results[0][key], results[1][key], strict=True):
+            assert mine.keys() == theirs.keys()
+            assert list(mine.values()) == [
+                pytest.approx(v, abs=2e-6) if isinstance(v, float) else v for v in theirs.values()
+            ]
+    assert not (two / "03-merge/state").exists() or not (two / "03-merge/state/tried").exists()
 
 
 @pytest.mark.parametrize(("processes", "parts"), [(2, 2), (4, 2)])

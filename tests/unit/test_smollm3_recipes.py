@@ -115,3 +115,6 @@ def test_post_training_is_as_published(recipe: Recipe) -> None:
     assert apo.schedule.warmup == 0.1
     assert (merge.models, merge.share) == (["reason"], 0.9)
     assert recipe.starts["merge"] == "apo"
+    # What was lost and what came back is measured as far as the base was trained.
+    assert merge.lengths == [stage(recipe, name).sequence_length for name in ("extend-32k", "extend-64k")]
+    assert merge.compare == ["extend-64k", "sft"]

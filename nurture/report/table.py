@@ -157,7 +157,8 @@ def _stage_table(stage: dict[str, Any], measure_width: int, *, compares: bool) -
         title_style="",
         box=None,
     )
-    table.add_column("measure", min_width=measure_width, no_wrap=True)
+    # Filled up with spaces, for columns in line with other stages'; in a narrow terminal its names are folded.
+    table.add_column("measure".ljust(measure_width), min_width=8, overflow="fold")
     columns = {"before": 8} if compares else {}
     columns |= {"after" if compares else "value": 8, "95 % interval": 16, "n": 9}
     for name, width in columns.items():

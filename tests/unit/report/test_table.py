@@ -26,3 +26,14 @@ def test_what_was_measured_once_has_no_before() -> None:
     text = printed({"format": {"before": 0.0, "after": 0.9}, "stopped": {"after": 0.9}})
     assert "trial: before and after, 3.0 s" in text
     assert "0.0 %" in text
+
+
+def test_a_narrow_terminal_folds_names_and_loses_no_number() -> None:
+    name = "passkey_yarn/4096"
+    metric = {"before": 0.1, "after": 1.0, "low": 0.9, "high": 1.0, "n": 29909}
+    text = printed({name: metric, "cloze": metric}, width=60)
+    assert text.count("90.0 % - 100.0 %") == text.count("29,909") == 2
+    assert "".join(line[:10].strip() for line in text.splitlines()[4:6]) == name
+    wide = printed({name: metric, "cloze": metric}).splitlines()
+    assert wide[3].startswith(f" {'measure':<{len(name)}}")
+    assert any(line.startswith(f" {name} ") for line in wide)

@@ -386,7 +386,7 @@ def _explain(error: Any, section: type[BaseModel], path: KeyPath) -> str:
     message = error["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").rstrip(".")
     message = message.replace("Input should", "should").split(", unable to parse")[0]
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        message = "should be a section of 'key: value' lines"
+        message = f"should be a section of 'key: value' lines{_example(section, path)}"
     if isinstance(value, (dict, BaseModel)):
         return f"{message}."
     hint = ""
@@ -395,6 +395,15 @@ def _explain(error: Any, section: type[BaseModel], path: KeyPath) -> str:
             str(value), re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
         )
     return f"{message}, got {_show(value)}.{hint}"
+
+
+def _example(section: type[BaseModel], path: KeyPath) -> str:
+    """Return a setting of the section that was expected, for one who only wants it on (`lora=true`)."""
+    for inner in _sections_at(section, path):
+        for name, info in inner.model_fields.items():
+            if type(info.default) in (int, float, str):
+                return f" or one of its settings, such as {path[-1]}.{name}={info.default}"
+    return ""
 
 
 def _show(value: Any) -> str:

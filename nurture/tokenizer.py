@@ -374,8 +374,8 @@ class Tokenizer:
     def _template(self) -> str:
         if self.chat_template is None:
             raise NurtureError(
-                "this tokenizer has no chat template (a base model?); fine-tune it first, or use"
-                " Tokenizer.with_chat_template() to give it ours"
+                "this tokenizer has no chat template (a base model?); fine-tune it first, which gives it one:"
+                " nurture sft --model PATH --data CHATS.jsonl"
             )
         return self.chat_template
 

@@ -28,6 +28,8 @@ class Message(TypedDict, total=False):
     content: str
     reasoning_content: str
     tool_calls: list[dict[str, Any]]
+    tool_call_id: str
+    name: str
 
 
 @dataclass

@@ -270,12 +270,18 @@ class ConversationBatches(PackedRows):
             labels.append(shifted.astype(np.int32))
             owners.append(sources.setdefault(conversation.source, len(sources)))
         if not tokens:
-            lost = ", ".join(
-                f"{count} {name.replace('_', ' ')}" for name, count in self._counts.items() if count
+            overlong_ones, untrained = self._counts["dropped_overlong"], self._counts["dropped_untrained"]
+            reasons = (
+                (overlong_ones, "longer than a row"),
+                (
+                    untrained,
+                    "without an assistant's token inside a row: no reply, or a prompt that fills the row",
+                ),
             )
+            lost = ", ".join(f"{count} {reason}" for count, reason in reasons if count)
             raise NurtureError(
-                "nothing to train on: no conversation with an assistant's tokens is left"
-                f" ({lost or 'there were none'}); the row length is {self.sequence_length} tokens"
+                f"nothing to train on: of {self._counts['conversations']} conversations none is left"
+                f"{f' ({lost})' if lost else ''}; a row has {self.sequence_length} tokens (sequence_length)"
             )
         self._tokens, self._labels = np.concatenate(tokens), np.concatenate(labels)
         self._starts = [0, *accumulate(map(len, tokens))]

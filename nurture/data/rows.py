@@ -262,6 +262,11 @@ class _Reader:
             message["reasoning_content"] = _clean(reasoning)
         if item.get("tool_calls"):
             message["tool_calls"] = list(item["tool_calls"])
+        if message["role"] == "tool":  # some templates say which call is answered, and by what
+            if isinstance(item.get("tool_call_id"), str):
+                message["tool_call_id"] = item["tool_call_id"]
+            if isinstance(item.get("name"), str):
+                message["name"] = item["name"]
         return message
 
     def _joined_parts(self, parts: Sequence[Any], place: str) -> str:

@@ -119,10 +119,13 @@ def before_after_table(report: dict[str, Any]) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    measures = [name for stage in report["stages"] for name in stage.get("metrics", {})]
-    width = max([len("measure"), *map(len, measures)])
-    title = Text(f"{report['run']}: before and after, {clock(report['seconds'])}\n", style="bold")
-    return Group(title, *(_stage_table(stage, width) for stage in report["stages"]))
+    metrics = [pair for stage in report["stages"] for pair in stage.get("metrics", {}).items()]
+    width = max([len("measure"), *(len(name) for name, _ in metrics)])
+    # A checkpoint that is only measured has no before.
+    compares = any(isinstance(metric, dict) and metric.get("before") is not None for _, metric in metrics)
+    what = "before and after, " if compares else ""
+    title = Text(f"{report['run']}: {what}{clock(report['seconds'])}\n", style="bold")
+    return Group(title, *(_stage_table(stage, width, compares=compares) for stage in report["stages"]))
 
 
 def titled_table(
@@ -144,7 +147,7 @@ def titled_table(
     return table
 
 
-def _stage_table(stage: dict[str, Any], measure_width: int) -> Table:
+def _stage_table(stage: dict[str, Any], measure_width: int, *, compares: bool) -> Table:
     from rich.table import Table
 
     facts = f"{clock(stage.get('seconds', 0))}{_tokens(stage)}"
@@ -154,13 +157,16 @@ def _stage_table(stage: dict[str, Any], measure_width: int) -> Table:
         title_style="",
         box=None,
     )
-    table.add_column("measure", min_width=measure_width, no_wrap=True)
-    for name, width in (("before", 8), ("after", 8), ("95 % interval", 16), ("n", 9)):
+    # Filled up with spaces, for columns in line with other stages'; in a narrow terminal its names are folded.
+    table.add_column("measure".ljust(measure_width), min_width=8, overflow="fold")
+    columns = {"before": 8} if compares else {}
+    columns |= {"after" if compares else "value": 8, "95 % interval": 16, "n": 9}
+    for name, width in columns.items():
         table.add_column(name, min_width=width, justify="right", no_wrap=True)
     for name, metric in stage.get("metrics", {}).items():
-        table.add_row(name, *_cells(name, metric))
+        table.add_row(name, *list(_cells(name, metric))[not compares :])
     if not stage.get("metrics"):
-        table.add_row("[dim]nothing measured[/dim]", "", "", "", "")
+        table.add_row("[dim]nothing measured[/dim]")
     table.add_row()
     return table
 

@@ -268,6 +268,12 @@ def _pack(
         preferences += found
     if not preferences and split == "heldout":
         return None
+    if not preferences:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in lost.items() if count)
+        raise NurtureError(
+            f"stage '{config.name}': no preference is left to train on: {reasons}. Prompt and answer are cut off after"
+            f" {cut} tokens: raise sequence_length or answer_tokens where the prompts are longer."
+        )
     return PreferenceBatches(
         preferences,
         batch_size=config.batch_size if split == "train" else session.execution.processes.world_size,

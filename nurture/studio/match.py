@@ -24,11 +24,12 @@ from nurture.world.split import pick, random_for
 from nurture.world.wordle import spaced
 
 _TILES = {"G": "bold white on #15803d", "Y": "bold white on #a16207", "X": "bold white on #57534e"}
+_LEAVING = ("q", "quit", "exit")  # in brackets, these are words too
 _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _HELP = {
     Wordle: "Type a word. Green: right place; yellow: elsewhere in the word; grey: not in it, or not so often. "
-    "q leaves.",
-    None: "Type your answer; what takes several lines ends with a line that is a single dot. q leaves.",
+    "q, quit or exit leaves.",
+    None: "Type your answer; what takes several lines ends with a line that is a single dot. q, quit or exit leaves.",
 }
 
 
@@ -114,6 +115,8 @@ def play_yourself(player: Player, read: Callable[[str], str]) -> bool | None:
     opening = game.reset(task, player.seed)
     wordle = game if isinstance(game, Wordle) else None
     for message in opening.messages:
+        if message["role"] == "system":  # it speaks to a model
+            continue
         player.say(message.get("content", ""))
     player.say(_HELP[Wordle if wordle else None], "dim")
     try:
@@ -143,12 +146,12 @@ def _written(wordle: Wordle | None, read: Callable[[str], str]) -> str:
     if wordle:
         while not (line := read(f"{len(wordle.history) + 1}/{wordle.config.guesses}> ").strip()):
             pass
-        if line.lower() == "q":
+        if line.lower() in _LEAVING:
             raise _Leave
         return line
     lines: list[str] = []
     while (line := read("... " if lines else "> ")).strip() != ".":
-        if line.strip().lower() == "q" and not lines:
+        if line.strip().lower() in _LEAVING and not lines:
             raise _Leave
         lines.append(line)
         if len(lines) == 1 and line.strip() and not line.rstrip().endswith((":", "```", "python")):

@@ -269,7 +269,10 @@ def test_the_worlds_prompts_give_a_gold_win_rate_and_a_reward_model_a_proxy_one(
     ("changes", "message"),
     [
         ({"data": {"w": "world:tasks"}}, "has demonstrations and no preferences"),
-        ({"sequence_length": 16}, "nothing to train on"),
+        (
+            {"sequence_length": 16},
+            r"no preference is left to train on: \d+ prompt leaves no room.* after 8 tokens",
+        ),
         ({"prompts": "world:tasks:fakt"}, "Did you mean 'fact'"),
     ],
 )

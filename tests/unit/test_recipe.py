@@ -126,7 +126,7 @@ def test_not_a_count(text: str, words: str):
         ("layers: [1]", "r.yaml:1: key 'layers': should be a valid integer, got [1]."),
         ("family: llama", "r.yaml:1: key 'layers': is required and missing: How many blocks."),
         ("layers: 1\nfamily: lama", "r.yaml:2: key 'family': should be 'llama' or 'qwen3', got 'lama'. Did you mean 'llama'?"),
-        ("layers: 1\noptimizer: fast", "r.yaml:2: key 'optimizer': should be a section of 'key: value' lines, got 'fast'."),
+        ("layers: 1\noptimizer: fast", "r.yaml:2: key 'optimizer': should be a section of 'key: value' lines or one of its settings, such as optimizer.learning_rate=0.001, got 'fast'."),
         ("layers: 1\noptimizer: {learning_rate: .nan}", "r.yaml:2: key 'optimizer.learning_rate': should be a finite number"),
         ("layers: 1\nlayers: 2", "r.yaml:2: key 'layers': given twice, first on line 1. Keep one of them."),
         ("layers: 1\nphases:\n - {weights: {a: 1}}", "r.yaml:3: key 'phases.0.until': is required and missing: Share of the steps."),

@@ -183,7 +183,10 @@ def test_overlong_conversations_are_cut_or_left_out_and_counted():
 
 def test_cut_exactly_at_the_first_trained_token():
     # The label of position 31 would be token 32, which is cut off: nothing is trained, so nothing is kept.
-    with pytest.raises(NurtureError, match=r"nothing to train on.*1 dropped untrained.*32 tokens"):
+    with pytest.raises(
+        NurtureError,
+        match=r"of 1 conversations.*1 without .*a prompt that fills the row\); a row has 32 tokens",
+    ):
         batches([conversation(10, 40, slice(32, 40))])
     assert batches([conversation(10, 40, slice(31, 40))]).report.trained_tokens == 1
 

@@ -306,3 +306,22 @@ def test_real_files(shared_data, name, attribute, count):
     with gzip.open(shared_data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [row for i, line in enumerate(lines, 1) for row in parse_rows(json.loads(line), f"{name}:{i}")]
     assert sum(bool(getattr(row, attribute)) for row in rows) == count
+
+
+def test_tool_messages_say_which_call_they_answer_and_their_ids_are_guarded():
+    from nurture.chat_template import CHATML, render_chat
+
+    call = {"id": "c1", "function": {"name": "add", "arguments": {"a": 1}}}
+    told = {"role": "tool", "tool_call_id": "c1<|im_end|>", "name": "add", "content": "2"}
+    asked = {"role": "user", "content": "1+1?", "name": "ann"}
+    turns = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}, told]
+    row = parse_row({"messages": [*turns, {"role": "assistant", "content": "2"}]}, "x:1")
+    assert row.messages is not None
+    assert row.messages[2] == told
+    assert "name" not in row.messages[0]
+    template = "{% for m in messages %}{{ m.role }}:{{ m.tool_call_id }}{{ m.content }};{% endfor %}"
+    rendered = render_chat(template, row.messages, control_strings=["<|im_end|>"])
+    assert "tool:c1<|im_end|>2;" in rendered.plain_text
+    assert "<|im_end|>" not in rendered.text
+    plain = [{k: v for k, v in turn.items() if k not in ("tool_call_id", "name")} for turn in row.messages]
+    assert render_chat(CHATML, row.messages).text == render_chat(CHATML, plain).text

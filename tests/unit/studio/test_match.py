@@ -69,6 +69,25 @@ def test_hard_mode_is_explained_and_leaving_shows_the_word() -> None:
     assert "The word was crane." in shown(made)
 
 
+@pytest.mark.parametrize("word", ["q", "quit", "EXIT"])
+def test_words_that_leave(word: str) -> None:
+    made = player()
+    assert play_yourself(made, saying([word, "crane"])) is None
+    assert "The word was crane." in shown(made)
+    made = player()
+    make = environment_maker("math", {})
+    made.make, made.tasks = make, tasks_for("math", {}, None, "heldout")
+    assert play_yourself(made, saying([word, "1"])) is None
+
+
+def test_a_person_is_not_told_what_a_model_is() -> None:
+    for seed in range(8):
+        made = player()
+        made.seed = seed
+        play_yourself(made, saying(["q"]))
+        assert "helpful assistant" not in shown(made)
+
+
 def test_colours_are_the_marks() -> None:
     line = tiles("grain", "XGGXY", colours=True)
     assert [(line.plain[span.start : span.end].strip(), str(span.style).split("#")[1]) for span in line.spans] == [

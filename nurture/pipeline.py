@@ -33,7 +33,7 @@ from typing import Any
 import yaml
 
 from nurture import files, stages
-from nurture.data.sources import DataSpec
+from nurture.data.sources import DataSpec, split_spec
 from nurture.errors import NurtureError, did_you_mean
 from nurture.recipe import Document
 from nurture.stages.context import StageConfig, StageContext
@@ -229,8 +229,7 @@ def _further_files(config: StageConfig, recipe: Recipe) -> dict[str, str]:
     """Identify the files of data specs outside `sources` and `data`; what else these name is in the settings."""
     found = {}
     for path, spec in data_specs(config):
-        parts = spec.split(",")
-        is_file = any(not part.strip().startswith(("world:", "stage:", "hf:")) for part in parts)
+        is_file = any(not part.startswith(("world:", "stage:", "hf:")) for part in split_spec(spec))
         if path[0] not in ("sources", "data") and is_file:
             found[".".join(path)] = identify_data(spec, recipe.base, recipe.world)
     return found
@@ -567,7 +566,7 @@ def _reading_stages(step: Step) -> StageConfig:
         return str(parent.directory.resolve() / (file or "rows.jsonl"))
 
     def resolved(spec: str) -> DataSpec:
-        return DataSpec(",".join(path_of(part.strip()) for part in spec.split(",")))
+        return DataSpec(",".join(path_of(part) for part in split_spec(spec)))
 
     return change_specs(step.config, resolved)
 

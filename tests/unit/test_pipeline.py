@@ -143,10 +143,9 @@ def test_no_stage_has_data_that_is_not_declared_so():
         assert found.count(DataSpec("b.txt")) == ("b.txt" in str(further.get(kind))), kind
 
 
-def test_world_data_outside_sources_and_data_leave_a_finished_run_as_it_was(recipe_file: Path):
-    steps = pipeline.plan(
-        load_recipe(recipe_file, ["polish.prompts=world:tasks"]), recipe_file.parent / "run"
-    )
+@pytest.mark.parametrize("prompts", ["world:tasks", "world:tasks:fact,redteam"])
+def test_world_data_outside_sources_and_data_leave_a_finished_run_as_it_was(recipe_file: Path, prompts: str):
+    steps = pipeline.plan(load_recipe(recipe_file, [f"polish.prompts={prompts}"]), recipe_file.parent / "run")
     assert "files" not in steps[1].inputs
 
 

@@ -373,15 +373,8 @@ def generation_spans(
     return RenderedChat(full.text, tuple(_guarded_spans(full, spans)), full.guard)
 
 
-def mask_view(tokenizer: MaskingTokenizer, messages: Sequence[Message], **template_kwargs: Any) -> str:
-    """Return the conversation as rich markup: trained tokens green, the others dim, control tokens reversed."""
-    return mask_markup(tokenizer, *tokenizer.encode_conversation(messages, **template_kwargs))
-
-
-def mask_markup(
-    tokenizer: MaskingTokenizer, token_ids: Sequence[int], completion_mask: Sequence[bool]
-) -> str:
-    """Return tokens as rich markup, coloured as in `mask_view`."""
+def mask_markup(tokenizer: Decoder, token_ids: Sequence[int], completion_mask: Sequence[bool]) -> str:
+    """Return tokens as rich markup: trained ones green, the others dim, control tokens reversed."""
     from rich.markup import escape
 
     parts: list[str] = []
@@ -393,10 +386,9 @@ def mask_markup(
     return "".join(parts) + f"\n[italic]{summary}[/]"
 
 
-class MaskingTokenizer(Protocol):
-    """What `mask_view` needs of a tokenizer."""
+class Decoder(Protocol):
+    """What `mask_markup` needs of a tokenizer."""
 
-    def encode_conversation(self, messages: Sequence[Message], **kw: Any) -> tuple[list[int], list[bool]]: ...
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str: ...
 
 

@@ -225,34 +225,23 @@ def write_merged(
     """Write the whole checkpoint of a merge, in the main process; the others wait for it."""
     processes = join_processes()
     if processes.is_main:
-        _write_merged(config, context, start, tokenizer, target, weights)
+        others = [context.models[name] for name in config.models]
+        based = [context.models[config.base]] if config.base is not None else []
+        make_directory(target)
+        method = merge_method(config, weights, seed=context.seed)
+        # The start comes first: its configuration is the result's.
+        shape, dtype = merging.merge_checkpoints([start, *others, *based], target, method)
+        save_config(
+            shape,
+            "lm",
+            target,
+            end_token_ids=tokenizer.stop_token_ids if tokenizer.chat_template is not None else (),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.document_token_id,
+            dtype=dtype,
+        )
+        tokenizer.save(target)
     processes.wait()
-
-
-def _write_merged(
-    config: Config,
-    context: StageContext,
-    start: Path,
-    tokenizer: Tokenizer,
-    target: Path,
-    weights: Sequence[float],
-) -> None:
-    others = [context.models[name] for name in config.models]
-    based = [context.models[config.base]] if config.base is not None else []
-    make_directory(target)
-    method = merge_method(config, weights, seed=context.seed)
-    # The start comes first: its configuration is the result's.
-    shape, dtype = merging.merge_checkpoints([start, *others, *based], target, method)
-    save_config(
-        shape,
-        "lm",
-        target,
-        end_token_ids=tokenizer.stop_token_ids if tokenizer.chat_template is not None else (),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.document_token_id,
-        dtype=dtype,
-    )
-    tokenizer.save(target)
 
 
 def merge_method(config: Config, weights: Sequence[float], seed: int) -> merging.Method:

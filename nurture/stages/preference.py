@@ -64,7 +64,7 @@ from nurture.stages.training import (
     plan_steps,
     remember,
     save_result_model,
-    train,
+    train_planned,
     write_result,
 )
 from nurture.types import LossFunction, LossResult
@@ -74,7 +74,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 
-_SAVED_ROWS = 256
+_SAVED_PASSES = 256
 """Passes of the reference between two writings of its cache."""
 
 
@@ -152,7 +152,7 @@ def run(config: Config, context: StageContext) -> None:
     assert batches is not None  # the training split raises where it is empty
     log.info("%s", batches.report)
     if lost.total():
-        log.info("preferences: %s", "; ".join(f"{count} {reason}" for reason, count in lost.items() if count))
+        log.info("preferences: %s", _told(lost))
     if lost[CUT]:
         log.warning(
             "%d preferences have an answer that is cut off after %d tokens, prompt included, and so never ends; raise "
@@ -160,8 +160,9 @@ def run(config: Config, context: StageContext) -> None:
             lost[CUT],
             config.answer_tokens or config.sequence_length // 2,
         )
+    reference = Reference(config, context, session)
     if heldout is not None:
-        add_reference_logprobs(config, context, session, heldout, range(heldout.rows_per_epoch))
+        reference.add_logprobs(heldout, range(heldout.rows_per_epoch))
     loss_fn = PreferenceLoss(
         config.loss,
         config.beta,
@@ -179,23 +180,19 @@ def run(config: Config, context: StageContext) -> None:
     evaluation_seconds = time.monotonic() - started
     # The same numbers on the pairs are known beforehand (the policy is the reference), but not where it is another.
     before = remember(context.directory, "before", lambda: pairs_before | exam.sit(session.whole()))
-    default_steps = batches.steps(config.epochs)
     steps = plan_steps(
         config,
         context,
         session,
         lambda _: batches,
         _after_reference(loss_fn),
-        default_steps,
+        batches.steps(config.epochs),
         evaluation_seconds,
     )
     # Whole groups of rows, so that a longer run groups its rows no differently.
     read = -(-steps * config.batch_size // _rows_at_once(config)) * _rows_at_once(config)
-    add_reference_logprobs(config, context, session, batches, batches.row_order(0)[:read].tolist())
-    report = train(
-        config, context, session, lambda _: batches, loss_fn, on_pairs,
-        default_steps=default_steps, evaluation_seconds=evaluation_seconds,
-    )  # fmt: skip
+    reference.add_logprobs(batches, batches.row_order(0)[:read].tolist())
+    report = train_planned(config, context, session, batches, loss_fn, on_pairs, steps)
     model = session.whole()
     after = on_pairs() | exam.sit(model)
     if model is None:
@@ -213,10 +210,7 @@ def run(config: Config, context: StageContext) -> None:
             "epochs": batches.epochs(report.steps),
             "loss": config.loss,
             "beta": config.beta,
-            "preferences": {
-                **vars(batches.report),
-                "left_out": {reason: count for reason, count in lost.items() if count},
-            },
+            "preferences": {**vars(batches.report), "left_out": dict(+lost)},
         },
     )
 
@@ -269,10 +263,9 @@ def _pack(
     if not preferences and split == "heldout":
         return None
     if not preferences:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in lost.items() if count)
         raise NurtureError(
-            f"stage '{config.name}': no preference is left to train on: {reasons}. Prompt and answer are cut off after"
-            f" {cut} tokens: raise sequence_length or answer_tokens where the prompts are longer."
+            f"stage '{config.name}': no preference is left to train on: {_told(lost)}. Prompt and answer are cut off"
+            f" after {cut} tokens: raise sequence_length or answer_tokens where the prompts are longer."
         )
     return PreferenceBatches(
         preferences,
@@ -281,6 +274,10 @@ def _pack(
         seed=session.seed,
         pad_token_id=session.tokenizer.pad_token_id,
     )
+
+
+def _told(lost: Counter[str]) -> str:
+    return "; ".join(f"{count} {reason}" for reason, count in (+lost).items())
 
 
 def _rows_at_once(config: Config) -> int:
@@ -301,38 +298,44 @@ def _after_reference(loss_fn: PreferenceLoss) -> LossFunction:
     return both
 
 
-def add_reference_logprobs(
-    config: Config, context: StageContext, session: Session, batches: PreferenceBatches, rows: Sequence[int]
-) -> None:
-    """Set the reference's logprobs of the preferences in `rows`: from the run's cache, or computed and put there.
+class Reference:
+    """The model that the policy is held to, known by the hash of its weights, and the run's cache of its logprobs."""
 
-    Others stay NaN: a large set of which a stage reads a part costs that part. The cache's name is a hash of the
-    reference's weights, the tokens, and what decides which rows are computed together; its content carries a checksum.
-    One that does not match is computed again, with a warning.
-    """
-    path = context.models[config.reference] if config.reference is not None else context.start
-    assert path is not None
-    processes, together = session.execution.processes, _rows_at_once(config)
-    key = _cache_key(_weights_hash(path), batches, session, together)
-    file = context.cache / "reference" / f"{key}.safetensors"
-    kept = read_cached(file, batches.reference_logprobs.shape) if processes.is_main else None
-    kept = processes.agree(kept)
-    values = np.full_like(batches.reference_logprobs, np.nan) if kept is None else kept
-    missing = [row for row in rows if np.isnan(values[batches.members(row)]).any()]
-    if missing:
-        own = config.reference is None
-        model = session.model if own else prepare(load_model(path), session.execution)
-        model.eval()
-        # Saved now and then: a kill loses little of what may be an hour's work.
-        parts = [
-            missing[i : i + _SAVED_ROWS * together] for i in range(0, len(missing), _SAVED_ROWS * together)
-        ]
-        with progress_bar("reference", len(missing), show=processes.is_main) as bar:
-            for part in parts:
-                _add_logprobs(values, model, session, batches, part, together, bar)
-                if processes.is_main:
-                    write_cached(file, values)
-    batches.reference_logprobs = values
+    def __init__(self, config: Config, context: StageContext, session: Session) -> None:
+        """Find it; its weights are read where a logprob is missing."""
+        path = context.models[config.reference] if config.reference is not None else context.start
+        assert path is not None
+        self._path, self._weights, self._is_start = path, _weights_hash(path), config.reference is None
+        self._folder, self._session, self._together = (
+            context.cache / "reference",
+            session,
+            _rows_at_once(config),
+        )
+
+    def add_logprobs(self, batches: PreferenceBatches, rows: Sequence[int]) -> None:
+        """Set the reference's logprobs of the preferences in `rows`: from the cache, or computed and put there.
+
+        Others stay NaN: a large set of which a stage reads a part costs that part. The cache's name is a hash of the
+        reference's weights, the tokens, and what decides which rows are computed together; its content carries a
+        checksum. One that does not match is computed again, with a warning.
+        """
+        session, processes, together = self._session, self._session.execution.processes, self._together
+        file = self._folder / f"{_cache_key(self._weights, batches, session, together)}.safetensors"
+        kept = read_cached(file, batches.reference_logprobs.shape) if processes.is_main else None
+        kept = processes.agree(kept)
+        values = np.full_like(batches.reference_logprobs, np.nan) if kept is None else kept
+        missing = [row for row in rows if np.isnan(values[batches.members(row)]).any()]
+        if missing:
+            model = session.model if self._is_start else prepare(load_model(self._path), session.execution)
+            model.eval()
+            # Saved now and then: a kill loses little of what may be an hour's work.
+            size = _SAVED_PASSES * together
+            with progress_bar("reference", len(missing), show=processes.is_main) as bar:
+                for part in (missing[first : first + size] for first in range(0, len(missing), size)):
+                    _add_logprobs(values, model, session, batches, part, together, bar)
+                    if processes.is_main:
+                        write_cached(file, values)
+        batches.reference_logprobs = values
 
 
 @torch.no_grad()

@@ -250,11 +250,24 @@ def train(
     """
     seconds = evaluation_seconds
     steps = plan_steps(config, context, session, batches, loss_fn, default_steps, seconds)
+    return train_planned(config, context, session, batches(steps), loss_fn, measures, steps)
+
+
+def train_planned(
+    config: TrainingConfig,
+    context: StageContext,
+    session: Session,
+    batches: BatchSource,
+    loss_fn: LossFunction,
+    measures: Callable[[], Mapping[str, Measure]],
+    steps: int,
+) -> FitReport:
+    """Call `fit` with the settings of a stage for so many steps as `plan_steps` said; `measures` as of `train`."""
     every = config.loop.evaluate_every or -(-steps // session.evaluations)
     return fit(
         session.model,
         session.optimizer,
-        batches(steps),
+        batches,
         loss_fn,
         steps=steps,
         schedule=config.schedule,

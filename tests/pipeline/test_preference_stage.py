@@ -167,14 +167,20 @@ def test_the_reference_is_run_once_and_its_cache_is_checked(
     assert abs(drift) > 0.1
 
 
-def test_the_reference_is_asked_for_the_rows_that_are_read_and_a_longer_run_adds_the_rest(
-    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows the reference is run over, each time it is."""
+    counts: list[int] = []
     compute = preference._add_logprobs
     monkeypatch.setattr(
-        preference, "_add_logprobs", lambda *args: (asked.append(len(args[4])), compute(*args))[1]
+        preference, "_add_logprobs", lambda *args: (counts.append(len(args[4])), compute(*args))[1]
     )
+    return counts
+
+
+def test_the_reference_is_asked_for_the_rows_that_are_read_and_a_longer_run_adds_the_rest(
+    start: Path, tmp_path: Path, asked: list[int]
+) -> None:
     wide = {"execution": {"precision": "fp32", "compile": "off", "microbatch_tokens": 3 * 128}}
     train(start, tmp_path / "short", steps=2, **wide)
     heldout, read = asked
@@ -189,14 +195,8 @@ def test_the_reference_is_asked_for_the_rows_that_are_read_and_a_longer_run_adds
 
 
 def test_a_time_budget_counts_the_references_pass_and_only_what_it_reads_is_passed(
-    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[int]
 ) -> None:
-    asked: list[int] = []
-    compute = preference._add_logprobs
-    monkeypatch.setattr(
-        preference, "_add_logprobs", lambda *args: (asked.append(len(args[4])), compute(*args))[1]
-    )
-
     def measured(model: torch.nn.Module, _: object, batches: Any, loss_fn: Any, **__: object) -> float:
         passes: list[int] = []
         hook = model.register_forward_hook(lambda *_: passes.append(1))

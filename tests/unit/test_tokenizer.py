@@ -146,14 +146,13 @@ def test_the_batch_equals_the_singles(tokenizer):
     assert tokenizer.encode_batch(NASTY) == [tokenizer.encode(text) for text in NASTY]
 
 
-def test_mask_view_colours_what_is_trained(tokenizer):
+def test_mask_markup_colours_what_is_trained(tokenizer):
     from rich.text import Text
 
-    from nurture.chat_template import mask_view
+    from nurture.chat_template import mask_markup
 
-    view = mask_view(
-        tokenizer, [{"role": "user", "content": "[bold]x"}, {"role": "assistant", "content": "y[/]"}]
-    )
+    turns = [{"role": "user", "content": "[bold]x"}, {"role": "assistant", "content": "y[/]"}]
+    view = mask_markup(tokenizer, *tokenizer.encode_conversation(turns))
     text = Text.from_markup(view, emoji=False)
     trained = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
     assert trained == ["y[/]<|im_end|>"]

@@ -43,10 +43,13 @@ PRODUCTS_PAY = has_fast_bf16(torch.device("cpu"))
 
 
 def document_mask(document_ids: Tensor | None) -> Tensor | BlockMask | None:
-    """Return what `attention` is best given for the documents of a batch, to be made once for all layers."""
-    if document_ids is None or document_ids.device.type != "cuda":
-        return document_ids
-    return block_mask(document_ids)
+    """Return what `attention` is given for the documents of a batch, to be made once for all layers.
+
+    On a GPU a mask, elsewhere the (B, T) `document_starts`: two comparisons with a column say what a token sees.
+    """
+    if document_ids is None:
+        return None
+    return block_mask(document_ids) if document_ids.device.type == "cuda" else document_starts(document_ids)
 
 
 def block_mask(document_ids: Tensor) -> BlockMask:
@@ -64,7 +67,7 @@ def attention(
     q_BTNH: Tensor,
     k_BSKH: Tensor,
     v_BSKH: Tensor,
-    document_ids: Tensor | BlockMask | None = None,
+    documents: Tensor | BlockMask | None = None,
     first: int = 0,
 ) -> Tensor:
     """Attend causally within each document.
@@ -74,23 +77,23 @@ def attention(
             head n // (N / K).
         k_BSKH: keys, rotated already, of columns 0 to S = `first + T`.
         v_BSKH: values.
-        document_ids: (B, S); a token sees only tokens of equal id; or their `document_mask`. None: the row is one
-            document.
+        documents: their `document_mask`, or the (B, S) `document_starts`: a token sees only tokens from the start of
+            its document on. None: the row is one document.
         first: above 0 where a process has only a part of the row's queries (context parallelism).
 
     Returns:
         (B, T, N, H) in the dtype of the queries.
     """
     tokens = q_BTNH.shape[1]
-    if not (document_ids is None or isinstance(document_ids, Tensor)):
-        return flex_attention(q_BTNH, k_BSKH, v_BSKH, document_ids)
+    if not (documents is None or isinstance(documents, Tensor)):
+        return flex_attention(q_BTNH, k_BSKH, v_BSKH, documents)
     if first:
-        return _blocked_attention(q_BTNH, k_BSKH, v_BSKH, document_ids, first)
+        return _blocked_attention(q_BTNH, k_BSKH, v_BSKH, documents, first)
     if q_BTNH.device.type == "cpu" and tokens < FUSED_FROM and PRODUCTS_PAY:
-        return _blocked_attention(q_BTNH, k_BSKH, v_BSKH, document_ids)
-    if document_ids is None:
+        return _blocked_attention(q_BTNH, k_BSKH, v_BSKH, documents)
+    if documents is None:
         return masked_attention(q_BTNH, k_BSKH, v_BSKH, None, is_causal=True)
-    return _attention_in_groups(q_BTNH, k_BSKH, v_BSKH, document_ids)
+    return _attention_in_groups(q_BTNH, k_BSKH, v_BSKH, documents)
 
 
 def flex_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: BlockMask) -> Tensor:
@@ -129,11 +132,11 @@ class _Groups:
     counts: list[int]
 
 
-def _group_documents(document_ids: Tensor) -> _Groups:
-    """Lay the documents of (B, T) ids out in groups; a group's lengths differ by at most an eighth or 8 tokens."""
-    is_start = _is_start(document_ids)
+def _group_documents(row_starts: Tensor) -> _Groups:
+    """Lay the documents of (B, T) `document_starts` out in groups: lengths differ by at most an eighth or 8 tokens."""
+    is_start = row_starts == torch.arange(row_starts.shape[1], device=row_starts.device)
     starts = is_start.flatten().nonzero().squeeze(1)
-    lengths = torch.diff(starts, append=starts.new_tensor([document_ids.numel()]))
+    lengths = torch.diff(starts, append=starts.new_tensor([row_starts.numel()]))
     grain = (2 ** (lengths.double().log2().floor().long() - 3)).clamp(min=8)
     kinds, order = (-(-lengths // grain) * grain).sort(stable=True)
     starts, lengths = starts[order], lengths[order]
@@ -144,15 +147,15 @@ def _group_documents(document_ids: Tensor) -> _Groups:
     within = torch.arange(len(document), device=starts.device) - (padded.cumsum(0) - padded)[document]
     is_token = within < lengths[document]
     places = starts[document] + torch.minimum(within, lengths[document] - 1)
-    homes = torch.empty_like(document_ids, dtype=torch.int64).flatten()
+    homes = torch.empty_like(row_starts, dtype=torch.int64).flatten()
     homes[places[is_token]] = is_token.nonzero().squeeze(1)
     return _Groups(places, homes, longest.tolist(), counts.tolist())
 
 
 @never_compiled
-def _attention_in_groups(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, document_ids: Tensor) -> Tensor:
+def _attention_in_groups(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, row_starts: Tensor) -> Tensor:
     """`attention` as one fused call for all documents of like length."""
-    groups = _group_documents(document_ids)
+    groups = _group_documents(row_starts)
     sizes = [length * count for length, count in zip(groups.lengths, groups.counts, strict=True)]
     # Padding comes after a document's tokens, so causal attention keeps it from them without a mask.
     laid_out = (
@@ -197,7 +200,7 @@ class _TakenHome(torch.autograd.Function):
 
 
 def _blocked_attention(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, document_ids: Tensor | None, first: int = 0
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, row_starts: Tensor | None, first: int = 0
 ) -> Tensor:
     """`attention` as matrix multiplications, one block of queries at a time."""
     batch, tokens, heads, head_width = q_BTNH.shape
@@ -207,54 +210,52 @@ def _blocked_attention(
     k_BKSH, v_BKSH = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
     # The backward pass of long rows computes each block's scores again instead of keeping them.
     recompute = first + tokens >= FUSED_FROM and torch.is_grad_enabled()
-    lows = _first_keys(document_ids, first + tokens)
+    lows = _first_keys(row_starts, first + tokens)
     outs = []
     for start in range(0, tokens, QUERY_BLOCK):
         queries = q_BKGTH[:, :, :, start : start + QUERY_BLOCK]
         low, stop = lows[first + start], first + start + queries.shape[3]
-        ids = None if document_ids is None else document_ids[:, low:stop]
-        block = (queries, k_BKSH[:, :, low:stop], v_BKSH[:, :, low:stop], ids, first + start - low)
+        starts = None if row_starts is None else row_starts[:, first + start : stop] - low
+        block = (queries, k_BKSH[:, :, low:stop], v_BKSH[:, :, low:stop], starts, first + start - low)
         out = checkpoint(_attend_block, *block, use_reentrant=False) if recompute else _attend_block(*block)
         outs.append(out)
     out_BKGTH = torch.cat(outs, dim=3)
     return out_BKGTH.permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, head_width)
 
 
-def _first_keys(document_ids: Tensor | None, columns: int) -> list[int]:
+def _first_keys(row_starts: Tensor | None, columns: int) -> list[int]:
     """Return for every column the first one that a query there, or to its right, can see in any row."""
-    if document_ids is None or torch.compiler.is_compiling():  # a compiled block knows shapes, not contents
+    if row_starts is None or torch.compiler.is_compiling():  # a compiled block knows shapes, not contents
         return [0] * columns
-    lows: list[int] = document_starts(document_ids).amin(0).tolist()
+    lows: list[int] = row_starts.amin(0).tolist()
     return lows
 
 
 def document_starts(document_ids: Tensor) -> Tensor:
-    """Return for every token (B, T) the column where its document begins."""
-    columns = torch.arange(document_ids.shape[1], device=document_ids.device)
-    return torch.where(_is_start(document_ids), columns, 0).cummax(dim=1).values
-
-
-def _is_start(document_ids: Tensor) -> Tensor:
-    """Return whether a document begins at each token, (B, T) bool."""
+    """Return for every token (B, T) the column where its document begins, int32: a document is a run of equal ids."""
     is_start = torch.ones_like(document_ids, dtype=torch.bool)
     is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return is_start
+    columns = torch.arange(document_ids.shape[1], dtype=torch.int32, device=document_ids.device)
+    return torch.where(is_start, columns, 0).cummax(dim=1).values
 
 
 def _attend_block(
-    q_BKGTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, document_ids: Tensor | None, start: int
+    q_BKGTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, starts_BT: Tensor | None, start: int
 ) -> Tensor:
-    """Attend from the queries of columns `start` and on to all keys given, (B, K, G, T, H)."""
+    """Attend from the queries of columns `start` and on to all keys given, (B, K, G, T, H).
+
+    `starts_BT` are the columns, among those given, where the queries' documents begin. They are compared as 32-bit
+    integers: as many fit a vector register as scores, of 64-bit ones half as many.
+    """
     batch, kv_heads, group, queries, head_width = q_BKGTH.shape
     keys = k_BKSH.shape[2]
     flat = (batch * kv_heads, group * queries, head_width)
     k_flat, v_flat = k_BKSH.reshape(-1, keys, head_width), v_BKSH.reshape(-1, keys, head_width)
     scores = torch.bmm(q_BKGTH.reshape(flat), k_flat.transpose(1, 2)).float()
-    columns = torch.arange(keys, device=scores.device)
+    columns = torch.arange(keys, dtype=torch.int32, device=scores.device)
     visible = columns <= columns[start:, None]
-    if document_ids is not None:
-        visible = visible & (document_ids[:, start:, None] == document_ids[:, None, :])
-        visible = visible[:, None, None]
+    if starts_BT is not None:
+        visible = (visible & (columns >= starts_BT[:, :, None]))[:, None, None]
     scores = scores.view(batch, kv_heads, group, queries, keys).masked_fill(~visible, float("-inf"))
     weights = scores.softmax(-1).to(v_BKSH.dtype)
     out = torch.bmm(weights.view(-1, group * queries, keys), v_flat)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nurture.errors import NurtureError
-from nurture.model.attention import attention
+from nurture.model.attention import attention, document_starts
 from nurture.runtime import never_compiled
 from nurture.types import Batch, BatchSource, LossFunction, LossResult
 
@@ -112,7 +112,8 @@ class SharedRow:
 
     def __init__(self, position_ids: Tensor, row_document_ids: Tensor, sharing: Sharing) -> None:
         """Keep the (B, T) positions of this process's columns and the (B, S) document ids of the whole rows."""
-        self._position_ids, self._document_ids, self._sharing = position_ids, row_document_ids, sharing
+        self._position_ids, self._sharing = position_ids, sharing
+        self._row_starts = document_starts(row_document_ids)
 
     def begin(self, tokens: int) -> Tensor:
         """Return the positions of the columns, (B, T)."""
@@ -126,8 +127,8 @@ class SharedRow:
         outs = []
         pieces = self._sharing.pieces(row_BSKH.shape[1])
         for (first, end), queries in zip(pieces, q_BTNH.chunk(2, dim=1), strict=True):
-            ids = self._document_ids[:, :end]
-            outs.append(attention(queries, k_BSKH[:, :end], v_BSKH[:, :end], ids, first))
+            starts = self._row_starts[:, :end]
+            outs.append(attention(queries, k_BSKH[:, :end], v_BSKH[:, :end], starts, first))
         return torch.cat(outs, dim=1)
 
 

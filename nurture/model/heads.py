@@ -2,19 +2,24 @@
 
 All results are float32, whatever dtype the blocks ran in. Label logprobs and the loss take the hidden states and the
 output matrix rather than logits, and work through the tokens in chunks: tokens x vocabulary never exists at once.
-Positions without a label cost nothing.
+Positions without a label cost nothing. What happens to a chunk's logits between the matrix products is compiled where
+the blocks are (`compiled`): read twice and written once, where every operation by itself would read and write them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from nurture.types import IGNORE_INDEX
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 CHUNK = 2048
 """Tokens whose logits exist at once."""
@@ -53,7 +58,9 @@ def by_columns(
     return tuple(map(whole, found)) if isinstance(found, tuple) else whole(found)
 
 
-def label_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+def label_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, compiled: bool = False
+) -> Tensor:
     """Return log p(label) under softmax(logits / temperature) over the whole vocabulary.
 
     Args:
@@ -61,17 +68,18 @@ def label_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: 
         weight: (V, D) output matrix.
         labels: (...), aligned with `hidden`: the label of column t is the token after t.
         temperature: above 0; the temperature that the completion was sampled at.
+        compiled: whether to compile what happens to logits.
 
     Returns:
         (...) float32 nats, 0 where the label is `IGNORE_INDEX`.
     """
     rows, trained_labels, trained = _trained_rows(hidden, labels)
-    logprobs, _ = _LabelLogprobs.apply(rows, weight, trained_labels, temperature, False)  # type: ignore[no-untyped-call]
+    logprobs, _ = _LabelLogprobs.apply(rows, weight, trained_labels, temperature, False, compiled)  # type: ignore[no-untyped-call]
     return _scatter(logprobs, trained, labels)
 
 
 def label_logprobs_and_entropies(
-    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float = 1.0, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return `label_logprobs` and the entropy of the distribution each label was predicted from.
 
@@ -81,11 +89,13 @@ def label_logprobs_and_entropies(
         Two (...) float32 in nats, 0 where the label is `IGNORE_INDEX`.
     """
     rows, trained_labels, trained = _trained_rows(hidden, labels)
-    logprobs, entropies = _LabelLogprobs.apply(rows, weight, trained_labels, temperature, True)  # type: ignore[no-untyped-call]
+    logprobs, entropies = _LabelLogprobs.apply(rows, weight, trained_labels, temperature, True, compiled)  # type: ignore[no-untyped-call]
     return _scatter(logprobs, trained, labels), _scatter(entropies, trained, labels)
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the summed loss of all trained labels, and each token's loss.
 
     The gradient of a sum does not depend on what comes after it but for one factor, so it is computed in the forward
@@ -95,12 +105,13 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[T
         hidden: (..., D).
         weight: (V, D) output matrix.
         labels: (...), `IGNORE_INDEX` where untrained.
+        compiled: whether to compile what happens to logits.
 
     Returns:
         (() float32 with gradient, (...) float32 nats detached and 0 where untrained).
     """
     rows, trained_labels, trained = _trained_rows(hidden, labels)
-    arguments = (rows, weight, trained_labels, torch.is_grad_enabled())
+    arguments = (rows, weight, trained_labels, torch.is_grad_enabled(), compiled)
     total, losses = _CrossEntropySum.apply(*arguments)  # type: ignore[no-untyped-call]
     return total, _scatter(losses, trained, labels)
 
@@ -144,32 +155,34 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, needs_gradient: bool
+        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, needs_gradient: bool, compiled: bool
     ) -> tuple[Tensor, Tensor]:
         matrix = weight.to(rows.dtype)
         losses = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
         if needs_gradient:
             rows_gradient = torch.empty_like(rows)
             weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        score = _compiled(_score) if compiled else _score
         for start in range(0, rows.shape[0], CHUNK):
-            chunk, chosen = rows[start : start + CHUNK], labels[start : start + CHUNK, None]
-            logprobs = torch.log_softmax(chunk @ matrix.T, dim=-1, dtype=torch.float32)
-            losses[start : start + CHUNK] = -logprobs.gather(1, chosen).squeeze(1)
-            if needs_gradient:
-                error = _softmax_minus_one_hot(logprobs, chosen).to(rows.dtype)
-                torch.mm(error, matrix, out=rows_gradient[start : start + CHUNK])
-                weight_gradient += error.T @ chunk
+            part = slice(start, start + CHUNK)
+            logprobs, error = score(rows[part] @ matrix.T, labels[part, None], needs_gradient)
+            losses[part] = -logprobs.squeeze(1)
+            if error is not None:  # the softmax minus one at the label; there exact: the rest has been rounded
+                error.scatter_(1, labels[part, None], logprobs.expm1().to(error.dtype))
+                torch.mm(error, matrix, out=rows_gradient[part])
+                weight_gradient += error.T @ rows[part]
         if needs_gradient:
             ctx.save_for_backward(rows_gradient, weight_gradient.to(weight.dtype))
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, total_gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, total_gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         rows_gradient, weight_gradient = ctx.saved_tensors
         return (
             rows_gradient * total_gradient.to(rows_gradient.dtype),
             weight_gradient * total_gradient.to(weight_gradient.dtype),
+            None,
             None,
             None,
         )
@@ -180,55 +193,102 @@ class _LabelLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.temperature = temperature
+        ctx.temperature, ctx.compiled = temperature, compiled
         ctx.set_materialize_grads(False)
         matrix = weight.to(rows.dtype)
         out = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
         entropies = torch.zeros_like(out) if with_entropy else out.new_empty(0)
+        measure = _compiled(_measure) if compiled else _measure
         for start in range(0, rows.shape[0], CHUNK):
-            stop = start + CHUNK
-            logprobs = _log_softmax(rows[start:stop], matrix, temperature)
-            out[start:stop] = logprobs.gather(1, labels[start:stop, None]).squeeze(1)
-            if with_entropy:
-                entropies[start:stop] = -(logprobs.exp() * logprobs).sum(1)
-        ctx.save_for_backward(rows, weight, labels, entropies)
+            part = slice(start, start + CHUNK)
+            found = measure(rows[part] @ matrix.T, labels[part, None], temperature, with_entropy)
+            out[part] = found[0].squeeze(1)
+            if found[1] is not None:
+                entropies[part] = found[1]
+        ctx.save_for_backward(rows, weight, labels, out, entropies)
         return out, entropies
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, gradient: Tensor | None, entropy_gradient: Tensor | None
-    ) -> tuple[Tensor, Tensor, None, None, None]:
-        rows, weight, labels, entropies = ctx.saved_tensors
+    ) -> tuple[Tensor, Tensor, None, None, None, None]:
+        rows, weight, labels, logprobs, entropies = ctx.saved_tensors
         matrix = weight.to(rows.dtype)
         rows_gradient = torch.empty_like(rows)
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        pull = _compiled(_pull) if ctx.compiled else _pull
+        towards = _scaled(gradient, logprobs, ctx.temperature)
+        spread = None if entropy_gradient is None else _scaled(entropy_gradient, logprobs, ctx.temperature)
+        # At the label what is left over is exact, and rounded once.
+        at_label = -logprobs.expm1()[:, None] * towards
+        if spread is not None:
+            at_label -= logprobs.exp()[:, None] * (logprobs + entropies)[:, None] * spread
         for start in range(0, rows.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
-            logprobs = _log_softmax(rows[part], matrix, ctx.temperature)
-            pull = None
-            if entropy_gradient is not None:  # dH / dlogit = -p (log p + H)
-                pull = logprobs.exp() * (logprobs + entropies[part, None]) * -entropy_gradient[part, None]
-            if gradient is None:
-                error = torch.zeros_like(logprobs) if pull is None else pull
-            else:
-                error = _softmax_minus_one_hot(logprobs, labels[part, None]) * -gradient[part, None]
-                error = error if pull is None else error + pull
-            error = (error / ctx.temperature).to(rows.dtype)
+            entropy_part = None if spread is None else (spread[part], entropies[part, None])
+            error = pull(rows[part] @ matrix.T, ctx.temperature, towards[part], entropy_part)
+            error.scatter_(1, labels[part, None], at_label[part].to(error.dtype))
             torch.mm(error, matrix, out=rows_gradient[part])
             weight_gradient += error.T @ rows[part]
-        return rows_gradient, weight_gradient.to(weight.dtype), None, None, None
+        return rows_gradient, weight_gradient.to(weight.dtype), None, None, None, None
 
 
-def _log_softmax(rows: Tensor, matrix: Tensor, temperature: float) -> Tensor:
-    logits = rows @ matrix.T
+@functools.cache
+def _compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """Return a compiled `function` of logits whose number of rows varies."""
+    return torch.compile(function, dynamic=True)
+
+
+def _score(logits: Tensor, labels: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the labels' logprobs (R, 1) and, if wanted, the softmax (R, V) in the dtype of the logits."""
+    logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    chosen = logprobs.gather(1, labels)
+    return chosen, logprobs.exp_().to(logits.dtype) if needs_gradient else None
+
+
+def _measure(
+    logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the labels' logprobs (R, 1) and, if wanted, the entropies (R,)."""
+    logprobs = _log_softmax(logits, temperature)
+    return logprobs.gather(1, labels), -(logprobs.exp() * logprobs).sum(1) if with_entropy else None
+
+
+def _pull(
+    logits: Tensor, temperature: float, towards: Tensor, entropy: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Return the gradient (R, V) of the logits, in their dtype, but for the one at the label.
+
+    d log p(label) / d logit = [it is the label's] - p, and d H / d logit = -p (log p + H), by the temperature.
+
+    Args:
+        logits: (R, V).
+        temperature: divides them.
+        towards: (R, 1) gradient of log p(label) by the temperature.
+        entropy: (R, 1) gradient of H by the temperature, and (R, 1) H.
+    """
+    logprobs = _log_softmax(logits, temperature)
+    factor = -towards
+    if entropy is not None:
+        spread, entropies = entropy
+        factor = factor - spread * (logprobs + entropies)
+    return logprobs.exp_().mul_(factor).to(logits.dtype)
+
+
+def _scaled(gradient: Tensor | None, like: Tensor, temperature: float) -> Tensor:
+    """Return (R, 1) `gradient` by the temperature, zeros if there is none."""
+    return torch.zeros_like(like)[:, None] if gradient is None else (gradient / temperature)[:, None]
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     if temperature != 1.0:
         logits = logits.float() / temperature
     return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-
-
-def _softmax_minus_one_hot(logprobs: Tensor, chosen: Tensor) -> Tensor:
-    """Turn logprobs (R, V) in place into the gradient of -log p(chosen) with respect to the logits."""
-    probabilities = logprobs.exp_()
-    return probabilities.scatter_add_(1, chosen, torch.full_like(chosen, -1.0, dtype=probabilities.dtype))

@@ -48,6 +48,7 @@ def prepare(model: Transformer, execution: Execution) -> Transformer:
     if mesh is not None and execution.processes.tensor_parallel > 1:
         _cut_matrices(model, mesh["tensor"])
     model.checkpoint_activations = execution.checkpoint_activations
+    model.compiled = execution.compile
     if execution.compile:
         for block in model.blocks:
             block.compile(dynamic=False)

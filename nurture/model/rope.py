@@ -74,6 +74,8 @@ def head_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(heads_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn every head of `heads_BTNH` by the angles of the `head_tables`. Keeps the dtype."""
     cos, sin = cos.to(heads_BTNH.dtype), sin.to(heads_BTNH.dtype)
-    # The partner of every number is half a head away: a roll reads whole rows, where two halves read twice.
-    partners = heads_BTNH.roll(heads_BTNH.shape[-1] // 2, dims=-1)
+    # The partner of every number is half a head away. A roll would do, but compiled its gradient is read by single
+    # numbers, and by whole registers from halves.
+    low, high = heads_BTNH.chunk(2, dim=-1)
+    partners = torch.cat((high, low), dim=-1)
     return torch.addcmul(heads_BTNH * cos, partners, sin)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Documents: TypeAlias = "Tensor | BlockMask | None"
-"""What a block is given of documents: their ids or, on a GPU, the mask made of them."""
+"""What a block is given of documents: where they start or, on a GPU, the mask made of them (`document_mask`)."""
 
 
 class Cache(Protocol):
@@ -84,23 +84,22 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, document_ids: Documents, cache: Cache | None
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, documents: Documents, cache: Cache | None
     ) -> Tensor:
         """Return what attention adds to the residual stream, (B, T, D)."""
         heads = self.qkv(x_BTD).unflatten(-1, (-1, self.head_width))
-        v_BTKH = heads[:, :, self.heads + self.kv_heads :]
+        qk, v_BTKH = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH = self.q_norm(heads[:, :, : self.heads])
-            k_BTKH = self.k_norm(heads[:, :, self.heads : self.heads + self.kv_heads])
+            q_BTNH, k_BTKH = qk.split((self.heads, self.kv_heads), dim=2)
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
             if self.rotates:
                 q_BTNH, k_BTKH = rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin)
         else:
-            qk = heads[:, :, : self.heads + self.kv_heads]
             if self.rotates:
                 qk = rotate(qk, cos, sin)
             q_BTNH, k_BTKH = qk.split((self.heads, self.kv_heads), dim=2)
         if cache is None:
-            attended_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, document_ids)
+            attended_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, documents)
         else:
             attended_BTNH = cache.attend(self.layer, q_BTNH, k_BTKH, v_BTKH)
         return self.out(attended_BTNH.flatten(2))
@@ -136,11 +135,11 @@ class Block(nn.Module):
         x_BTD: Tensor,
         cos: Tensor,
         sin: Tensor,
-        document_ids: Documents = None,
+        documents: Documents = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Return the residual stream after this layer, (B, T, D)."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, document_ids, cache)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos, sin, documents, cache)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
 
@@ -151,6 +150,7 @@ class Transformer(nn.Module):
         config: the shape.
         head: "lm" predicts the next token; "scalar" gives one number a token (reward, value).
         checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
+        compiled: the blocks are compiled, and what the head does to logits is to be.
     """
 
     def __init__(self, config: ModelConfig, head: Literal["lm", "scalar"] = "lm") -> None:
@@ -159,6 +159,7 @@ class Transformer(nn.Module):
         self.config = config
         self.head = head
         self.checkpoint_activations = False
+        self.compiled = False
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.final_norm = RMSNorm(config.width, config.norm_epsilon)
@@ -274,11 +275,11 @@ class Transformer(nn.Module):
         if reduction == "sum":
             if temperature != 1.0:
                 raise ValueError(f"reduction 'sum' has no temperature, got {temperature}")
-            return by_columns(cross_entropy_sum, hidden_BTD, self.output_weight, labels)
+            return by_columns(cross_entropy_sum, hidden_BTD, self.output_weight, labels, self.compiled)
         if reduction == "likeliest":
             return by_columns(likeliest_tokens, hidden_BTD, self.output_weight, labels)
         score = label_logprobs_and_entropies if reduction == "entropy" else label_logprobs
-        return by_columns(score, hidden_BTD, self.output_weight, labels, temperature)
+        return by_columns(score, hidden_BTD, self.output_weight, labels, temperature, self.compiled)
 
 
 def default_position_ids(token_ids: Tensor, document_ids: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from training_toy import toy_fit
 
 from nurture.errors import NurtureError
-from nurture.model.attention import attention
+from nurture.model.attention import attention, document_starts
 from nurture.model.context_parallel import Sharing, spread_columns
 from nurture.model.hugging_face import load_model
 from nurture.types import Batch
@@ -75,9 +75,9 @@ def test_pieces_attend_as_the_row_does(size: int) -> None:
     """Without processes: the pieces of all places, each with the keys before its end, are the whole."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 24, 4, 8), torch.randn(2, 24, 2, 8), torch.randn(2, 24, 2, 8)
-    ids = Rows()(0).document_ids
-    whole = attention(q, k, v, ids)
+    starts = document_starts(Rows()(0).document_ids)
+    whole = attention(q, k, v, starts)
     for place in range(size):
         for first, end in Sharing(place, size, None).pieces(24):
-            part = attention(q[:, first:end], k[:, :end], v[:, :end], ids[:, :end], first)
+            part = attention(q[:, first:end], k[:, :end], v[:, :end], starts[:, :end], first)
             torch.testing.assert_close(part, whole[:, first:end], atol=1e-6, rtol=1e-5)

@@ -32,7 +32,7 @@ def test_equals_the_library(
     (q, k, v), ids, visible = inputs(tokens, documents)
     upstream = torch.randn(2, tokens, 6, 8)
     results = []
-    for out in (module.attention(q, k, v, ids), module.masked_attention(q, k, v, visible)):
+    for out in (module.attention(q, k, v, module.document_mask(ids)), module.masked_attention(q, k, v, visible)):
         gradients = torch.autograd.grad((out * upstream).sum(), (q, k, v))
         results.append((out.detach(), *gradients))
     for ours, theirs in zip(*results, strict=True):
@@ -42,7 +42,7 @@ def test_equals_the_library(
 def test_documents_of_like_length_are_grouped_and_every_token_comes_home() -> None:
     lengths = [[9, 40, 3, 12], [10, 1, 1, 52], [64], [16, 48]]
     ids = torch.tensor([[i for i, length in enumerate(row) for _ in range(length)] for row in lengths])
-    groups = module._group_documents(ids)
+    groups = module._group_documents(module.document_starts(ids))
     # Up to 8, to 16, to 40, to 48, to 56, to 64; each padded to the longest there is.
     assert (groups.lengths, groups.counts) == ([3, 16, 40, 48, 52, 64], [3, 4, 1, 1, 1, 1])
     assert torch.equal(groups.places[groups.homes], torch.arange(ids.numel()))
@@ -63,9 +63,9 @@ def test_parts_of_a_row_are_parts_of_the_whole(
     """Queries of columns 13 to 40 alone get what they get among all, and so do the gradients."""
     monkeypatch.setattr(module, "QUERY_BLOCK", 8)
     (q, k, v), ids, _ = inputs(53, documents)
-    whole = module.attention(q, k, v, ids)[:, 13:40]
+    whole = module.attention(q, k, v, module.document_mask(ids))[:, 13:40]
     monkeypatch.setattr(module, "FUSED_FROM", 1 if recompute else 10_000)
-    part = module.attention(q[:, 13:40], k[:, :40], v[:, :40], ids, first=13)
+    part = module.attention(q[:, 13:40], k[:, :40], v[:, :40], module.document_mask(ids), first=13)
     torch.testing.assert_close(part, whole, atol=2e-5, rtol=1e-4)
     upstream = torch.randn_like(whole)
     for ours, theirs in zip(
@@ -88,7 +88,7 @@ def saved_bytes(tokens: int) -> int:
     (q, k, v) = (torch.randn(1, tokens, 2, 8, requires_grad=True) for _ in range(3))
     ids = (torch.arange(tokens) > tokens // 3).long()[None]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = module.attention(q, k, v, ids)
+        out = module.attention(q, k, v, module.document_mask(ids))
     assert out.requires_grad
     return sum(kept.values())
 

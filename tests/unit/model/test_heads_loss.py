@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from nurture.model import heads
+from nurture.runtime import can_compile
 from nurture.types import IGNORE_INDEX
+
+COMPILED = pytest.param(
+    True, marks=pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
+)
 
 
 def random_case(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -21,10 +26,11 @@ def random_case(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 4096])
-def test_sum_equals_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+@pytest.mark.parametrize("compiled", [False, COMPILED])
+def test_sum_equals_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int, compiled: bool) -> None:
     monkeypatch.setattr(heads, "CHUNK", chunk)
     hidden, weight, labels = random_case()
-    total, losses = heads.cross_entropy_sum(hidden, weight, labels)
+    total, losses = heads.cross_entropy_sum(hidden, weight, labels, compiled)
     (total / 7).backward()
     ours = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
@@ -37,11 +43,14 @@ def test_sum_equals_cross_entropy(monkeypatch: pytest.MonkeyPatch, chunk: int) -
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_their_gradient(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+@pytest.mark.parametrize("compiled", [False, COMPILED])
+def test_logprobs_and_their_gradient(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, compiled: bool
+) -> None:
     monkeypatch.setattr(heads, "CHUNK", 11)
     hidden, weight, labels = random_case()
     upstream = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
-    ours = heads.label_logprobs(hidden, weight, labels, temperature)
+    ours = heads.label_logprobs(hidden, weight, labels, temperature, compiled)
     (ours * upstream).sum().backward()
     gradients = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
@@ -71,12 +80,15 @@ def test_no_gradient_is_computed_where_none_is_wanted() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_entropies_and_their_gradient(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+@pytest.mark.parametrize("compiled", [False, COMPILED])
+def test_entropies_and_their_gradient(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, compiled: bool
+) -> None:
     monkeypatch.setattr(heads, "CHUNK", 11)
     hidden, weight, labels = random_case()
     generator = torch.Generator().manual_seed(1)
     up, entropy_up = torch.randn(3, 50, generator=generator), torch.randn(3, 50, generator=generator)
-    ours, entropies = heads.label_logprobs_and_entropies(hidden, weight, labels, temperature)
+    ours, entropies = heads.label_logprobs_and_entropies(hidden, weight, labels, temperature, compiled)
     (ours * up + entropies * entropy_up).sum().backward()
     gradients = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
@@ -97,3 +109,17 @@ def test_entropy_alone_has_a_gradient() -> None:
     assert hidden.grad is not None
     assert hidden.grad[1].abs().sum() > 0
     assert not hidden.grad[0, :20].any()
+
+
+def test_a_label_that_is_almost_certain_keeps_its_small_gradient_in_bfloat16() -> None:
+    """p rounds to 1 in bfloat16 there; p - 1 does not round to 0."""
+    hidden = torch.tensor([[8.0, 0.0]], requires_grad=True)
+    weight = torch.eye(2).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total, losses = heads.cross_entropy_sum(hidden, weight, torch.tensor([0]))
+        logprobs = heads.label_logprobs(hidden, weight, torch.tensor([0]))
+    left = 1 - 1 / (1 + torch.exp(torch.tensor(-8.0)))
+    torch.testing.assert_close(losses[0], -logprobs.detach()[0])
+    for result in (total, -logprobs.sum()):
+        (gradient,) = torch.autograd.grad(result, hidden)
+        torch.testing.assert_close(gradient[0], torch.stack((-left, left)), rtol=1e-2, atol=0)

@@ -3,6 +3,7 @@
     python bench/all.py                         everything, with peak memory (an hour or so on two cores)
     python bench/all.py --quick                 one small shape each, no memory
     python bench/all.py --only sft --shapes 3M  these scripts, with options of theirs; other rows stay as they were
+    python bench/all.py --trl F --nanochat G    with the peers that no package index has as they are needed here
 
 A script is a process of its own, in which ours and the peer run in turns and the machine's matrix peak is measured, so
 every row compares like with like. Rows are kept in `results.json` by name and written as one table to `RESULTS.md`.
@@ -44,16 +45,21 @@ def scripts() -> list[str]:
     return sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("all", "common", "kills"))
 
 
-def run_script(name: str, quick: bool, options: list[str]) -> Iterator[dict[str, Any]]:
+def run_script(
+    name: str, quick: bool, peers: dict[str, str | None], options: list[str]
+) -> Iterator[dict[str, Any]]:
     """Run one benchmark and yield its rows as they come; a later row of the same name is the fuller one.
 
+    Without its peer it has none, and says so.
+
     Raises:
-        RuntimeError: it failed, or had nothing to say.
+        RuntimeError: it failed.
     """
     script = [sys.executable, str(HERE / f"{name}.py")]
     known = subprocess.run([*script, "--help"], capture_output=True, text=True, check=False).stdout
     wanted = ["--json", *(["--quick"] if quick else ["--memory"])]
-    command = [*script, *(option for option in wanted if f"[{option}]" in known), *options]
+    places = [f"--{peer}={folder}" for peer, folder in peers.items() if folder and f"--{peer} " in known]
+    command = [*script, *(option for option in wanted if f"[{option}]" in known), *places, *options]
     when = f"{time.strftime('%Y-%m-%d %H:%M')}, {os.cpu_count()} cores{', quick' if quick else ''}"
     rows = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -61,7 +67,7 @@ def run_script(name: str, quick: bool, options: list[str]) -> Iterator[dict[str,
             if line.startswith('{"name"'):
                 rows += 1
                 yield {**json.loads(line), "script": name, "measured": when}
-    if process.returncode or not rows:
+    if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode} after {rows} results")
 
 
@@ -103,8 +109,11 @@ def main() -> None:
     )
     parser.add_argument("--only", help="comma separated: " + ", ".join(scripts()))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--trl", help="folder with TRL 1.10, for ppo (see its --help)")
+    parser.add_argument("--nanochat", help="folder of a clone of nanochat, for pretrain_nanochat")
     arguments, options = parser.parse_known_args()
     chosen = arguments.only.split(",") if arguments.only else sorted(set(scripts()) - set(NEED_A_MODEL))
+    peers = {"trl": arguments.trl, "nanochat": arguments.nanochat}
     unknown = set(chosen) - set(scripts())
     if unknown:
         parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(scripts())}")
@@ -113,7 +122,7 @@ def main() -> None:
     for name in chosen:
         print(f"{name} …", file=sys.stderr, flush=True)
         try:
-            for row in run_script(name, arguments.quick, options):
+            for row in run_script(name, arguments.quick, peers, options):
                 kept = [old for old in kept if old["name"] != row["name"]] + [row]
                 kept.sort(
                     key=lambda row: scripts().index(row["script"]) if row["script"] in scripts() else -1

@@ -251,6 +251,7 @@ def compare_with_trainer(
     *,
     rows: str,
     attended: int,
+    labelled: float,
     repeats: int,
     memory: bool,
     epoch: int = 1,
@@ -266,6 +267,7 @@ def compare_with_trainer(
         trainer_tokens: of the trainer's update, on average.
         rows: the script's option for the lengths.
         attended: positions that the attention of a token is charged with.
+        labelled: share of the tokens whose logits are computed.
         repeats: turns of both.
         memory: whether to measure it.
         epoch: steps of the peer that count together, where they differ.
@@ -286,7 +288,9 @@ def compare_with_trainer(
         ours = min(ours, *interleave(step, repeats=10, warm=0))
     config = SHAPES[name]
     attention = 6 * config.layers * attended * config.heads * config.head_width
-    share = tokens * (6.0 * config.parameter_count() + attention) / ours / gemm_peak(PRECISIONS[BEST])
+    head = config.vocab_size * config.width
+    met = config.parameter_count() - head * (1 - labelled)  # tied: the embedding's matrix is the head's
+    share = tokens * (6.0 * met + attention) / ours / gemm_peak(PRECISIONS[BEST])
 
     def results(peaks: list[float]) -> list[Result]:
         found = []

@@ -140,7 +140,8 @@ def compare(name: str, varied: bool, repeats: int, memory: bool) -> Iterator[lis
         __file__, ("dpo", name, "varied" if varied else "even"), step, tokens,
         lambda folder, best: peer_trainer(config, pairs, folder, best=best),
         PAIRS * sum(pair.tokens for pair in pairs) / len(pairs),
-        rows="pairs", attended=4 * LONGEST, repeats=repeats, memory=memory,
+        rows="pairs", attended=4 * LONGEST,
+        labelled=1 - 2 * PROMPT * len(pairs) / sum(pair.tokens for pair in pairs), repeats=repeats, memory=memory,
     )  # fmt: skip
 
 

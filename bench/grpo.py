@@ -6,7 +6,7 @@
 A step: 8 prompts of about 32 tokens are answered 8 times with 64 tokens, the 64 rollouts are paid (different tokens in
 them), and the policy is updated once with the loss dapo. The peer runs in its own trainer, as shipped (fp32, eager) and
 at its best (bf16, fused AdamW). Ours in fp32, where the engine's logprobs are the trainer's, and in bf16, where the
-difference of the two is corrected. Both sides use the same allocator setting, and the
+difference of the two is corrected; both with compiled blocks, as a long stage has them. Both sides use the same allocator setting, and the
 best step of each counts.
 """
 
@@ -62,7 +62,7 @@ def our_step(config: ModelConfig, tokenizer: Tokenizer, precision: str) -> Calla
     """Return a function that does one step."""
     settings = grpo.Config(
         name="bench", prompts_per_step=PROMPTS, group_size=GROUP, batch_size=PROMPTS * GROUP, max_tokens=NEW,
-        rollout_precision=precision, execution=ExecutionConfig(precision=precision, compile="off"),
+        rollout_precision=precision, execution=ExecutionConfig(precision=precision, compile="on"),
         correction="token_truncate" if precision == "bf16" else "off",
     )  # fmt: skip
     execution = decide_execution(settings.execution)

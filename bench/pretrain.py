@@ -54,12 +54,14 @@ def packed_batch(vocab_size: int, seed: int = 0) -> Batch:
     return Batch(tokens[:, :-1].contiguous(), labels, positions, documents, torch.zeros_like(labels))
 
 
-def our_step(config: ModelConfig, execution: ExecutionConfig) -> tuple[Callable[[Batch], float], Transformer]:
+def our_step(
+    config: ModelConfig, execution: ExecutionConfig, optimizer_config: OptimizerConfig | None = None
+) -> tuple[Callable[[Batch], float], Transformer]:
     """Return a function that does one update and returns its loss in nats a token."""
     decided = decide_execution(execution)
     torch.manual_seed(0)
     model = prepare_model(Transformer(config), decided)
-    optimizer: Optimizer = build_optimizer(model, OptimizerConfig())
+    optimizer: Optimizer = build_optimizer(model, optimizer_config or OptimizerConfig())
     loss_fn = LanguageLoss(torch.ones(config.vocab_size, dtype=torch.int64))
 
     def step(batch: Batch) -> float:
@@ -90,9 +92,10 @@ def peer_step(config: ModelConfig, *, at_its_best: bool) -> Callable[[Batch], fl
 
 
 def step_flops(config: ModelConfig) -> float:
-    """Return the floating-point operations of one step: 6 a parameter and token, and attention below the diagonal."""
+    """Return the floating-point operations of one step: 6 a token and number in a matrix, attention below the diagonal."""
     attention = 6 * config.layers * TOKENS * config.heads * config.head_width
-    return ROWS * TOKENS * (6.0 * config.parameter_count() + attention)
+    looked_up = 0 if config.tied_embeddings else config.vocab_size * config.width
+    return ROWS * TOKENS * (6.0 * (config.parameter_count() - looked_up) + attention)
 
 
 def alone(side: str, name: str) -> None:

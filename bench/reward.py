@@ -118,7 +118,8 @@ def compare(name: str, varied: bool, repeats: int, memory: bool) -> Iterator[lis
         __file__, ("reward", name, "varied" if varied else "even"), step, tokens,
         lambda folder, best: peer_trainer(config, pairs, folder, best=best),
         PAIRS * sum(pair.tokens for pair in pairs) / len(pairs),
-        rows="pairs", attended=4 * LONGEST, repeats=repeats, memory=memory,
+        rows="pairs", attended=4 * LONGEST,
+        labelled=0.0, repeats=repeats, memory=memory,
     )  # fmt: skip
 
 

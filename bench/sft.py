@@ -132,7 +132,8 @@ def compare(name: str, varied: bool, repeats: int, memory: bool) -> Iterator[lis
         __file__, ("sft", name, "varied" if varied else "even"), step, tokens,
         lambda folder, best: peer_trainer(config, conversations, folder, best=best),
         ROWS * sum(len(c.token_ids) for c in conversations) / len(conversations),
-        rows="lengths", attended=LONGEST, repeats=repeats, memory=memory, epoch=EPOCH,
+        rows="lengths", attended=LONGEST,
+        labelled=1 - PROMPT * len(conversations) / sum(len(c.token_ids) for c in conversations), repeats=repeats, memory=memory, epoch=EPOCH,
     )  # fmt: skip
 
 

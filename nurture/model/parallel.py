@@ -50,8 +50,9 @@ def prepare(model: Transformer, execution: Execution) -> Transformer:
     model.checkpoint_activations = execution.checkpoint_activations
     model.compiled = execution.compile
     if execution.compile:
+        # One compilation for rollouts of any length; on a GPU every shape has its own, and should be one.
         for block in model.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=execution.device.type == "cpu")
     if mesh is not None:
         # It warns of outputs that are views, which would be dangerous to change in place: nothing here does.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")

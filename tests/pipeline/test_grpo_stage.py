@@ -113,7 +113,10 @@ def test_it_learns_what_is_right(start: Path, tmp_path: Path) -> None:
     assert max(line["rl/zero_variance"] for line in lines[-3:]) > 0.5  # what is known teaches no more
     assert max(line["rl/sampling_difference"] for line in lines) < 1e-4
     samples = samples_of(tmp_path)
-    assert {(sample["task"], sample["reply"]) for sample in samples} == {("math", "Answer: 7")}
+    # Paid alike with a space and without: which of the two wins is up to the last bits.
+    assert {(sample["task"], sample["reply"].replace(" ", "")) for sample in samples} == {
+        ("math", "Answer:7")
+    }
 
 
 @pytest.mark.parametrize(

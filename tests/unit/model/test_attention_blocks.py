@@ -32,7 +32,10 @@ def test_equals_the_library(
     (q, k, v), ids, visible = inputs(tokens, documents)
     upstream = torch.randn(2, tokens, 6, 8)
     results = []
-    for out in (module.attention(q, k, v, module.document_mask(ids)), module.masked_attention(q, k, v, visible)):
+    for out in (
+        module.attention(q, k, v, module.document_mask(ids)),
+        module.masked_attention(q, k, v, visible),
+    ):
         gradients = torch.autograd.grad((out * upstream).sum(), (q, k, v))
         results.append((out.detach(), *gradients))
     for ours, theirs in zip(*results, strict=True):

@@ -92,7 +92,7 @@ def peer_step(config: ModelConfig, *, at_its_best: bool) -> Callable[[Batch], fl
 
 
 def step_flops(config: ModelConfig) -> float:
-    """Return the floating-point operations of one step: 6 a token and number in a matrix, attention below the diagonal."""
+    """Return the operations of one step: 6 a token and number in a matrix, and attention below the diagonal."""
     attention = 6 * config.layers * TOKENS * config.heads * config.head_width
     looked_up = 0 if config.tied_embeddings else config.vocab_size * config.width
     return ROWS * TOKENS * (6.0 * (config.parameter_count() - looked_up) + attention)

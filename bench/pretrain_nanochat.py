@@ -109,7 +109,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.nanochat is None:
         logging.warning(
-            "there is nothing to compare with: git clone https://github.com/karpathy/nanochat FOLDER, then --nanochat FOLDER"
+            "there is nothing to compare with: git clone https://github.com/karpathy/nanochat FOLDER, then"
+            " --nanochat FOLDER"
         )
         return
     if not (arguments.nanochat / "nanochat/gpt.py").exists():

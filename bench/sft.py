@@ -133,7 +133,8 @@ def compare(name: str, varied: bool, repeats: int, memory: bool) -> Iterator[lis
         lambda folder, best: peer_trainer(config, conversations, folder, best=best),
         ROWS * sum(len(c.token_ids) for c in conversations) / len(conversations),
         rows="lengths", attended=LONGEST,
-        labelled=1 - PROMPT * len(conversations) / sum(len(c.token_ids) for c in conversations), repeats=repeats, memory=memory, epoch=EPOCH,
+        labelled=1 - PROMPT * len(conversations) / sum(len(c.token_ids) for c in conversations),
+        repeats=repeats, memory=memory, epoch=EPOCH,
     )  # fmt: skip
 
 

@@ -223,7 +223,10 @@ def orthogonalise(x: Tensor, coefficients: tuple[float, float, float], steps: in
     x = x / x.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=epsilon)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        if x.ndim == 3:  # the sums are melted into the products
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        else:
+            x = a * x + (b * gram + c * (gram @ gram)) @ x
     return x.mT if tall else x
 
 

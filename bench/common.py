@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -37,9 +37,13 @@ SHAPES: dict[str, ModelConfig] = {
 }
 """Llama shapes by their rounded number of parameters; embeddings tied."""
 
-BEST = "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32"
+Precision = Literal["fp32", "bf16"]
+
+BEST: Precision = "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32"
 """What both sides compute in at their best: without instructions for it, bfloat16 is a hundred times slower."""
-PRECISIONS = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if BEST == "bf16" else {})
+PRECISIONS: dict[Precision, torch.dtype] = {"fp32": torch.float32}
+if BEST == "bf16":
+    PRECISIONS["bf16"] = torch.bfloat16
 """What is worth measuring on this machine."""
 
 
@@ -75,7 +79,8 @@ def peer_config(config: ModelConfig) -> Any:
     """Return the transformers LlamaConfig of the same shape."""
     from transformers import LlamaConfig
 
-    return LlamaConfig(
+    make: Any = LlamaConfig  # it takes more than its signature says
+    return make(
         vocab_size=config.vocab_size,
         hidden_size=config.width,
         intermediate_size=config.ffn_width,

@@ -36,7 +36,8 @@ def make_shard(folder: Path, tokens: int) -> Shard:
     file = folder / f"{tokens}.bin"
     with open(file, "wb") as out:
         for first in range(0, int(starts[-1]), 1_000_000):
-            out.write(rng.integers(1, 4096, size=min(1_000_000, int(starts[-1]) - first), dtype=np.uint16))
+            size = min(1_000_000, int(starts[-1]) - first)
+            out.write(rng.integers(1, 4096, size=size, dtype=np.uint16).tobytes())
     return Shard(str(tokens), np.memmap(file, dtype=np.uint16, mode="r"), starts, 0, str(tokens))
 
 

@@ -24,6 +24,7 @@ from common import (
     BEST,
     PRECISIONS,
     SHAPES,
+    Precision,
     Result,
     StepTimes,
     interleave,
@@ -58,7 +59,7 @@ def make_tokenizer(folder: str) -> Tokenizer:
     return tokenizer
 
 
-def our_step(config: ModelConfig, tokenizer: Tokenizer, precision: str) -> Callable[[], None]:
+def our_step(config: ModelConfig, tokenizer: Tokenizer, precision: Precision) -> Callable[[], None]:
     """Return a function that does one step."""
     settings = grpo.Config(
         name="bench", prompts_per_step=PROMPTS, group_size=GROUP, batch_size=PROMPTS * GROUP, max_tokens=NEW,
@@ -103,7 +104,7 @@ def peer_trainer(config: ModelConfig, folder: str, *, best: bool) -> Any:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
     from trl import GRPOConfig, GRPOTrainer
 
-    def different(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def different(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         return [float(len(set(own))) for own in completion_ids]
 
     torch.manual_seed(0)

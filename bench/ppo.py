@@ -6,9 +6,9 @@
 
 A step is 64 rollouts of 32 to 40 prompt tokens and 64 new ones, their scores, and two epochs of four minibatches for
 policy and value model. All four models (policy, reference, reward, value) have the same shape. The peer runs in its own
-trainer in bf16 without gradient checkpointing; ours is the stage's own step, in bf16 and compiled. Tokens are those of prompts
-and completions of a step. Both sides use the same allocator setting; the best step of each counts. Without `--trl` (or
-a TRL that has the trainer) nothing is compared, and that is said.
+trainer in bf16 without gradient checkpointing; ours is the stage's own step, in bf16 and compiled. Tokens are those of
+prompts and completions of a step. Both sides use the same allocator setting; the best step of each counts. Without
+`--trl` (or a TRL that has the trainer) nothing is compared, and that is said.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def make_prompts() -> list[Row]:
 
 def make_start(config: ModelConfig, folder: Path) -> Tokenizer:
     """Write a policy and a reward model with a tokenizer; return the tokenizer."""
-    tokenizer = Tokenizer.train([row.text for row in make_prompts()] * 4, 300)
+    tokenizer = Tokenizer.train([row.text or "" for row in make_prompts()] * 4, 300)
     for name, head in (("policy", "lm"), ("reward", "scalar")):
         torch.manual_seed(0)
         save_result_model(Transformer(config, head), tokenizer, folder / name, answers=True)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from common import (
     BEST,
     PRECISIONS,
     SHAPES,
+    Precision,
     Result,
     interleave,
     peak_memory,
@@ -103,6 +104,7 @@ def compare(shape: str, turns: int, repeats: int, clock: Callable[[], float], me
         for side in sides
     }
     rollouts = PROMPTS * GROUP
+    compared: list[tuple[Precision, Precision]] = [("fp32", "fp32"), (BEST, "fp32"), (BEST, BEST)]
     return [
         Result(
             f"rollout/{shape}/{turns} turn{'s' * (turns > 1)}/ours {mine} vs transformers {yours}",
@@ -111,7 +113,7 @@ def compare(shape: str, turns: int, repeats: int, clock: Callable[[], float], me
             seconds["peer", yours] / seconds["ours", mine],
             memory_ratio=peaks["ours"] / peaks[yours] if memory and mine == BEST else None,
         )
-        for mine, yours in dict.fromkeys([("fp32", "fp32"), (BEST, "fp32"), (BEST, BEST)])
+        for mine, yours in dict.fromkeys(compared)
     ]
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from nurture.rewards.sandbox import Job, Sandbox
 
@@ -58,7 +59,7 @@ def main() -> None:
                 for _ in range(arguments.repeats)
             ]
             best = [max(values) for values in zip(*pairs, strict=True)]
-            line = {"name": f"sandbox/{name}, programs a second/fresh interpreter"}
+            line: dict[str, Any] = {"name": f"sandbox/{name}, programs a second/fresh interpreter"}
             line |= {"ours": round(best[0], 1), "peer": round(best[1], 1)}
             line |= {"ratio": round(best[0] / best[1], 2), "peak_share": None}
             if arguments.json:

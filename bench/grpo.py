@@ -6,7 +6,7 @@
 A step: 8 prompts of about 32 tokens are answered 8 times with 64 tokens, the 64 rollouts are paid (different tokens in
 them), and the policy is updated once with the loss dapo. The peer runs in its own trainer, as shipped (fp32, eager) and
 at its best (bf16, fused AdamW). Ours in fp32, where the engine's logprobs are the trainer's, and in bf16, where the
-difference of the two is corrected; both with compiled blocks (`execution.compile=on`, worth its start in a long stage).
+difference of the two is corrected; both with compiled blocks (`execution.compile=on`, paying where lengths are few).
 Both sides use the same allocator setting, and the best step of each counts.
 """
 

@@ -50,7 +50,9 @@ def prepare(model: Transformer, execution: Execution) -> Transformer:
     model.checkpoint_activations = execution.checkpoint_activations
     model.compiled = execution.compile
     if execution.compile:
-        # One compilation for rollouts of any length; on a GPU every shape has its own, and should be one.
+        # On a CPU one compilation serves any number of rows of a length; on a GPU every shape has its own. Beyond
+        # torch's limit of 8 a new shape would run uncompiled, but not in a resumed run, which met fewer: other last bits.
+        torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
         for block in model.blocks:
             block.compile(dynamic=execution.device.type == "cpu")
     if mesh is not None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from nurture.model import attention
 from nurture.model.config import ModelConfig
@@ -101,6 +102,24 @@ def test_compiled_model_is_the_same(monkeypatch: pytest.MonkeyPatch, whole: bool
         total.backward()
         results.append((total.detach(), model.embedding.weight.grad))
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_any_number_of_rows_is_served_by_one_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `parallel.prepare` compiles on a CPU; another length is another compilation."""
+    monkeypatch.setattr(attention, "PRODUCTS_PAY", True)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model, eager = build("llama"), build("llama")
+    for block in model.blocks:
+        block.compile(backend=counter, dynamic=True)
+    for rows, tokens, compilations in ((2, 16, 1), (5, 16, 1), (3, 16, 1), (3, 24, 2), (7, 24, 2)):
+        token_ids = torch.randint(0, model.config.vocab_size, (rows, tokens))
+        options = {
+            "document_ids": (torch.arange(tokens) > 6).long().expand(rows, tokens),
+            "labels": token_ids,
+        }
+        torch.testing.assert_close(model(token_ids, **options), eager(token_ids, **options))
+        assert counter.frame_count == compilations
 
 
 def test_fresh_weights_have_the_stated_spread() -> None:

@@ -51,7 +51,7 @@ def prepare(model: Transformer, execution: Execution) -> Transformer:
     model.compiled = execution.compile
     if execution.compile:
         # On a CPU one compilation serves any number of rows of a length; on a GPU every shape has its own. Beyond
-        # torch's limit of 8 a new shape would run uncompiled, but not in a resumed run, which met fewer: other last bits.
+        # torch's limit of 8 a new shape would run uncompiled, but not in a resumed run, which met fewer: other bits.
         torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
         for block in model.blocks:
             block.compile(dynamic=execution.device.type == "cpu")

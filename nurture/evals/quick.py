@@ -28,11 +28,13 @@ def measure_on_world(path: str, world: World, tasks: str | None, limit: int) -> 
     Raises:
         NurtureError: there is no such model or kind of task.
     """
-    known = [kind for kind in World.task_kinds if kind != "redteam"]  # red-team prompts are always asked
+    known = [kind for kind in World.task_kinds if kind != "redteam"]
     kinds = tasks.split(",") if tasks else known
     for kind in kinds:
         if kind not in known:
             hint = did_you_mean(kind, known) or f" Known: {', '.join(known)}."
+            if kind == "redteam":
+                hint = " Red-team prompts are always asked: leave it out."
             raise NurtureError(f"--tasks {tasks}: there is no kind of task '{kind}'.{hint}")
     started = time.monotonic()
     chat = load_chat_model(path)

@@ -167,9 +167,8 @@ class _CrossEntropySum(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             logprobs, error = score(rows[part] @ matrix.T, labels[part, None], needs_gradient)
             losses[part] = -logprobs.squeeze(1)
-            if (
-                error is not None
-            ):  # the softmax minus one at the label; there exact: the rest has been rounded
+            if error is not None:
+                # The softmax minus one at the label; there exact: the rest has been rounded.
                 error.scatter_(1, labels[part, None], logprobs.expm1().to(error.dtype))
                 torch.mm(error, matrix, out=rows_gradient[part])
                 weight_gradient += error.T @ rows[part]

@@ -52,7 +52,9 @@ def prepare(model: Transformer, execution: Execution) -> Transformer:
     if execution.compile:
         # On a CPU one compilation serves any number of rows of a length; on a GPU every shape has its own. Beyond
         # torch's limit of 8 a new shape would run uncompiled, but not in a resumed run, which met fewer: other bits.
+        # Nor may it matter which shape came first: sizes that were equal then are not taken for one and the same.
         torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
+        torch.fx.experimental._config.use_duck_shape = False  # type: ignore[attr-defined]
         for block in model.blocks:
             block.compile(dynamic=execution.device.type == "cpu")
     if mesh is not None:

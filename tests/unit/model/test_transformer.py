@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from nurture.model import attention
+from nurture.model import attention, heads
 from nurture.model.config import ModelConfig
 from nurture.model.kv_cache import KVCache
+from nurture.model.parallel import prepare
 from nurture.model.transformer import Transformer
+from nurture.runtime import ExecutionConfig, can_compile, decide_execution
 from nurture.types import IGNORE_INDEX
 
 V = 37
@@ -120,6 +122,28 @@ def test_any_number_of_rows_is_served_by_one_compilation(monkeypatch: pytest.Mon
         }
         torch.testing.assert_close(model(token_ids, **options), eager(token_ids, **options))
         assert counter.frame_count == compilations
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
+def test_what_is_computed_does_not_depend_on_which_shape_came_first() -> None:
+    """A resumed run meets other shapes first; 4 x 16 tokens are as many as the vocabulary has words."""
+    execution = decide_execution(ExecutionConfig(precision="fp32", compile="on"))
+    found = []
+    for order in ((4, 2), (2, 4)):
+        torch.compiler.reset()
+        heads._compiled.cache_clear()
+        torch.manual_seed(0)
+        shape = {"vocab_size": 64, "width": 32, "layers": 1, "heads": 4, "kv_heads": 2, "ffn_width": 48}
+        model = prepare(Transformer(ModelConfig(**shape)), execution)
+        gradients = {}
+        for rows in order:
+            token_ids = torch.randint(64, (rows, 16), generator=torch.Generator().manual_seed(rows))
+            model(token_ids, labels=token_ids, reduction="sum")[0].backward()
+            gradients[rows] = [parameter.grad for parameter in model.parameters()]
+            model.zero_grad()
+        found.append(gradients)
+    for rows in (2, 4):
+        assert all(map(torch.equal, found[0][rows], found[1][rows]))
 
 
 def test_fresh_weights_have_the_stated_spread() -> None:

@@ -435,6 +435,10 @@ def use_averages(averages: dict[str, Tensor], model: nn.Module) -> None:
         parameter.copy_(averages[name])
 
 
+MOST_TIMED = 1000
+"""Updates that are timed at most, which a small model does within the seconds."""
+
+
 def measure_tokens_per_second(
     model: nn.Module,
     optimizer: Optimizer,
@@ -446,6 +450,10 @@ def measure_tokens_per_second(
     seconds: float = 5.0,
 ) -> float:
     """Time real updates at learning rate 0, and forget the moments: weights and optimizer are as before.
+
+    Args:
+        batches: of a stage of at least `MOST_TIMED` steps.
+        seconds: how long to time.
 
     Returns:
         Tokens of the global batch a second, once warm, agreed on by all processes.
@@ -462,7 +470,8 @@ def measure_tokens_per_second(
         model.train()
         train_step(model, optimizer, parts, loss_fn, clip_norm=1.0, execution=execution)
         times.append(time.monotonic() - step_started)
-        enough = processes.agree(len(times) >= 3 and time.monotonic() - started >= seconds)
+        timed = len(times) >= 3 and time.monotonic() - started >= seconds
+        enough = processes.agree(timed or len(times) == MOST_TIMED)
     for part in optimizer.parts:
         part.state.clear()
     for group, rate in zip(optimizer.groups(), rates, strict=True):

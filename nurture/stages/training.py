@@ -37,7 +37,14 @@ from nurture.runtime import (
 )
 from nurture.stages.context import StageConfig, StageContext
 from nurture.tokenizer import Tokenizer
-from nurture.trainer import MOST_EVALUATIONS, FitReport, LoopConfig, fit, measure_tokens_per_second
+from nurture.trainer import (
+    MOST_EVALUATIONS,
+    MOST_TIMED,
+    FitReport,
+    LoopConfig,
+    fit,
+    measure_tokens_per_second,
+)
 from nurture.types import BatchSource, LossFunction
 
 log = logging.getLogger(__name__)
@@ -204,7 +211,7 @@ def plan_steps(
         speed = measure_tokens_per_second(
             session.model,
             session.optimizer,
-            batches(1000),
+            batches(MOST_TIMED),
             loss_fn,
             execution=session.execution,
             microbatch_tokens=config.execution.microbatch_tokens,

@@ -120,6 +120,23 @@ def test_measuring_ends_when_the_main_process_says_so() -> None:
     assert speed > 0
 
 
+def test_measuring_a_small_model_ends_after_so_many_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fast machine does a thousand in the seconds, and the stage that is measured with has no more."""
+    monkeypatch.setattr(trainer, "MOST_TIMED", 6)
+    model, steps = toy_model(), list[int]()
+    speed = trainer.measure_tokens_per_second(
+        model,
+        build_optimizer(model, OptimizerConfig()),
+        lambda step, *place: steps.append(step) or toy_batches(12)(step, *place),  # type: ignore[func-returns-value]
+        LanguageLoss(torch.ones(VOCABULARY)),
+        execution=decide_execution(ExecutionConfig(precision="fp32", compile="off")),
+        microbatch_tokens=4096,
+        seconds=1e9,
+    )
+    assert steps == [0, 1, 2, 3, 4, 5]
+    assert speed > 0
+
+
 def test_a_stage_whose_loss_stays_nan_stops_with_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

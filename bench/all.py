@@ -50,15 +50,19 @@ def run_script(
 ) -> Iterator[dict[str, Any]]:
     """Run one benchmark and yield its rows as they come; a later row of the same name is the fuller one.
 
-    Without its peer it has none, and says so.
+    A script whose peer must be brought, and was not, is left out.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: it failed, or had nothing to say.
     """
     script = [sys.executable, str(HERE / f"{name}.py")]
     known = subprocess.run([*script, "--help"], capture_output=True, text=True, check=False).stdout
     wanted = ["--json", *(["--quick"] if quick else ["--memory"])]
-    places = [f"--{peer}={folder}" for peer, folder in peers.items() if folder and f"--{peer} " in known]
+    wants = [peer for peer in peers if f"[--{peer} " in known]
+    if not all(peers[peer] for peer in wants):
+        print(f"{name}: left out, it needs --{wants[0]} FOLDER", file=sys.stderr)
+        return
+    places = [f"--{peer}={peers[peer]}" for peer in wants]
     command = [*script, *(option for option in wanted if f"[{option}]" in known), *places, *options]
     when = f"{time.strftime('%Y-%m-%d %H:%M')}, {os.cpu_count()} cores{', quick' if quick else ''}"
     rows = 0
@@ -67,7 +71,7 @@ def run_script(
             if line.startswith('{"name"'):
                 rows += 1
                 yield {**json.loads(line), "script": name, "measured": when}
-    if process.returncode:
+    if process.returncode or not rows:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode} after {rows} results")
 
 

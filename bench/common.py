@@ -95,6 +95,21 @@ def peer_config(config: ModelConfig) -> Any:
     )
 
 
+def token_flops(config: ModelConfig, attended: int, labelled: float = 1.0) -> float:
+    """Return a token's operations in training: 6 a number of the matrices it meets, and attention below the diagonal.
+
+    Args:
+        config: the shape.
+        attended: positions that the attention of a token is charged with.
+        labelled: share of the tokens whose logits are computed.
+    """
+    vocabulary = config.vocab_size * config.width
+    inside = config.parameter_count() - vocabulary * (1 if config.tied_embeddings else 2)
+    return 6.0 * (
+        inside + vocabulary * labelled + config.layers * attended * config.heads * config.head_width
+    )
+
+
 def interleave(
     *runs: Callable[[], object],
     repeats: int = 3,
@@ -291,11 +306,7 @@ def compare_with_trainer(
 
         ours, *_ = interleave(step, *map(peer, trainers), repeats=repeats, warm=2)
         ours = min(ours, *interleave(step, repeats=10, warm=0))
-    config = SHAPES[name]
-    attention = 6 * config.layers * attended * config.heads * config.head_width
-    head = config.vocab_size * config.width
-    met = config.parameter_count() - head * (1 - labelled)  # tied: the embedding's matrix is the head's
-    share = tokens * (6.0 * met + attention) / ours / gemm_peak(PRECISIONS[BEST])
+    share = tokens * token_flops(SHAPES[name], attended, labelled) / ours / gemm_peak(PRECISIONS[BEST])
 
     def results(peaks: list[float]) -> list[Result]:
         found = []

@@ -28,6 +28,7 @@ from common import (
     prepare,
     report,
     run_alone,
+    token_flops,
 )
 
 from nurture.losses.language import LanguageLoss
@@ -92,10 +93,8 @@ def peer_step(config: ModelConfig, *, at_its_best: bool) -> Callable[[Batch], fl
 
 
 def step_flops(config: ModelConfig) -> float:
-    """Return the operations of one step: 6 a token and number in a matrix, and attention below the diagonal."""
-    attention = 6 * config.layers * TOKENS * config.heads * config.head_width
-    looked_up = 0 if config.tied_embeddings else config.vocab_size * config.width
-    return ROWS * TOKENS * (6.0 * (config.parameter_count() - looked_up) + attention)
+    """Return the operations of one step."""
+    return ROWS * TOKENS * token_flops(config, TOKENS)
 
 
 def alone(side: str, name: str) -> None:

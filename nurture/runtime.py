@@ -323,6 +323,12 @@ def never_compiled(function: Callable[P, T]) -> Callable[P, T]:
     return torch._disable_dynamo(function)
 
 
+@functools.cache
+def compile_once(function: Callable[P, T], dynamic: bool | None = None) -> Callable[P, T]:
+    """Return `function` compiled, once for all who ask; `dynamic` as in `torch.compile`."""
+    return torch.compile(function, dynamic=dynamic)
+
+
 @contextmanager
 def eager_blocks() -> Iterator[None]:
     """Run compiled blocks uncompiled, so that evaluation's other shapes do not compile anew."""

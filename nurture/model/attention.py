@@ -19,7 +19,6 @@ with a mask would fall back to the one that holds T x T scores, as only that one
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nurture.runtime import has_fast_bf16, never_compiled
+from nurture.runtime import compile_once, has_fast_bf16, never_compiled
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -104,14 +103,9 @@ def flex_attention(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: BlockMa
     grouped = q_BTNH.shape[2] != k_BTKH.shape[2]
     run: Callable[..., Tensor] = library.flex_attention
     if q_BTNH.device.type == "cuda" and not torch.compiler.is_compiling():
-        run = _compiled(run)
+        run = compile_once(run)
     out_BNTH: Tensor = run(*heads, block_mask=mask, enable_gqa=grouped)
     return out_BNTH.transpose(1, 2)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return torch.compile(function)
 
 
 @dataclass(frozen=True)

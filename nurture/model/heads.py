@@ -8,18 +8,15 @@ the blocks are (`compiled`): read twice and written once, where every operation 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from nurture.runtime import compile_once
 from nurture.types import IGNORE_INDEX
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 CHUNK = 2048
 """Tokens whose logits exist at once."""
@@ -162,7 +159,7 @@ class _CrossEntropySum(torch.autograd.Function):
         if needs_gradient:
             rows_gradient = torch.empty_like(rows)
             weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        score = _compiled(_score) if compiled else _score
+        score = compile_once(_score, dynamic=True) if compiled else _score
         for start in range(0, rows.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
             logprobs, error = score(rows[part] @ matrix.T, labels[part, None], needs_gradient)
@@ -207,7 +204,7 @@ class _LabelLogprobs(torch.autograd.Function):
         matrix = weight.to(rows.dtype)
         out = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
         entropies = torch.zeros_like(out) if with_entropy else out.new_empty(0)
-        measure = _compiled(_measure) if compiled else _measure
+        measure = compile_once(_measure, dynamic=True) if compiled else _measure
         for start in range(0, rows.shape[0], CHUNK):
             part = slice(start, start + CHUNK)
             found = measure(rows[part] @ matrix.T, labels[part, None], temperature, with_entropy)
@@ -225,7 +222,7 @@ class _LabelLogprobs(torch.autograd.Function):
         matrix = weight.to(rows.dtype)
         rows_gradient = torch.empty_like(rows)
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        pull = _compiled(_pull) if ctx.compiled else _pull
+        pull = compile_once(_pull, dynamic=True) if ctx.compiled else _pull
         towards = _scaled(gradient, logprobs, ctx.temperature)
         spread = None if entropy_gradient is None else _scaled(entropy_gradient, logprobs, ctx.temperature)
         # At the label what is left over is exact, and rounded once.
@@ -240,12 +237,6 @@ class _LabelLogprobs(torch.autograd.Function):
             torch.mm(error, matrix, out=rows_gradient[part])
             weight_gradient += error.T @ rows[part]
         return rows_gradient, weight_gradient.to(weight.dtype), None, None, None, None
-
-
-@functools.cache
-def _compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """Return a compiled `function` of logits whose number of rows varies."""
-    return torch.compile(function, dynamic=True)
 
 
 def _score(logits: Tensor, labels: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor | None]:

@@ -222,7 +222,7 @@ class Transformer(nn.Module):
         elif position_ids is None:
             position_ids = default_position_ids(token_ids, document_ids)
         cos, sin = head_tables(*rotation_tables(position_ids, self.frequencies, self.rotation_scale))
-        documents = document_mask(document_ids)
+        documents = document_mask(document_ids) if cache is None else None  # a cache knows its own
         x_BTD = self.embedding(token_ids)
         for block in self.blocks:
             if self.checkpoint_activations and torch.is_grad_enabled():

@@ -114,9 +114,8 @@ def test_it_learns_what_is_right(start: Path, tmp_path: Path) -> None:
     assert max(line["rl/sampling_difference"] for line in lines) < 1e-4
     samples = samples_of(tmp_path)
     # Paid alike with a space and without: which of the two wins is up to the last bits.
-    assert {(sample["task"], sample["reply"].replace(" ", "")) for sample in samples} == {
-        ("math", "Answer:7")
-    }
+    replies = {(sample["task"], sample["reply"]) for sample in samples}
+    assert replies in ({("math", "Answer: 7")}, {("math", "Answer:7")})
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from nurture.model import attention, heads
+from nurture.model import attention
 from nurture.model.config import ModelConfig
 from nurture.model.kv_cache import KVCache
 from nurture.model.parallel import prepare
 from nurture.model.transformer import Transformer
-from nurture.runtime import ExecutionConfig, can_compile, decide_execution
+from nurture.runtime import ExecutionConfig, can_compile, compile_once, decide_execution
 from nurture.types import IGNORE_INDEX
 
 V = 37
@@ -131,7 +131,7 @@ def test_what_is_computed_does_not_depend_on_which_shape_came_first() -> None:
     found = []
     for order in ((4, 2), (2, 4)):
         torch.compiler.reset()
-        heads._compiled.cache_clear()
+        compile_once.cache_clear()
         torch.manual_seed(0)
         shape = {"vocab_size": 64, "width": 32, "layers": 1, "heads": 4, "kv_heads": 2, "ffn_width": 48}
         model = prepare(Transformer(ModelConfig(**shape)), execution)
